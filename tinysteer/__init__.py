@@ -1,0 +1,34 @@
+"""Activation steering: make a language model follow an instruction by adding vectors to its
+residual stream (Stolfo et al., ICLR 2025).
+
+    model = load("HuggingFaceTB/SmolLM2-135M-Instruct")
+    vector = extract(model, with_instruction, without)
+    model.complete(prompts, steer=[vector.at(15).add()])
+"""
+
+from tinysteer.checkpoint import load
+from tinysteer.config import Config, Layer
+from tinysteer.extraction import MeanResiduals, extract, mean_residuals
+from tinysteer.generation import Options
+from tinysteer.language_model import LanguageModel
+from tinysteer.rope import Rope
+from tinysteer.steering import Direction, Edit, SteeringVector
+from tinysteer.tokenizer import Tokenizer
+from tinysteer.version import VERSION as __version__
+
+__all__ = [
+    "Config",
+    "Direction",
+    "Edit",
+    "LanguageModel",
+    "Layer",
+    "MeanResiduals",
+    "Options",
+    "Rope",
+    "SteeringVector",
+    "Tokenizer",
+    "__version__",
+    "extract",
+    "load",
+    "mean_residuals",
+]

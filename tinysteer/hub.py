@@ -1,0 +1,52 @@
+"""A model's files: a folder, or a Hugging Face Hub id downloaded into the Hub's own cache."""
+
+from pathlib import Path
+
+# All that a model needs. Not "*.safetensors": some repositories hold their weights twice.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+CONFIG = ("config.json", "generation_config.json")
+
+
+def fetch(source: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder with the files of `source`, a folder itself or a Hub id ("owner/name").
+
+    Downloads what is missing from the Hub's cache, with progress bars; without a network the
+    cache alone serves. A token in HF_TOKEN, or saved by `hf auth login`, is used. Errors say
+    what to do: FileNotFoundError, PermissionError, ConnectionError.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for Hub ids; {source} is a folder")
+        return folder
+    from huggingface_hub import errors, snapshot_download  # 0.2 s that a folder need not pay
+
+    missing = f"there is no folder {source}, and the Hugging Face Hub has no model of that name"
+    try:
+        found = snapshot_download(
+            str(source),
+            revision=revision,
+            allow_patterns=[*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:2])],
+        )
+    except errors.HFValidationError:
+        raise FileNotFoundError(
+            f"there is no folder {source}, and it is no Hugging Face Hub id (owner/name) either"
+        ) from None
+    except errors.GatedRepoError:
+        raise PermissionError(
+            f"{source} is gated: accept its terms at https://huggingface.co/{source}, then set "
+            "HF_TOKEN to a token of that account or run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{missing} (where it is private, set HF_TOKEN to a token that may read it)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise ConnectionError(
+            f"{source} is not in the Hub's cache here, and the Hub cannot be reached; "
+            f"connect, or pass the folder of a model ({type(error).__name__})"
+        ) from None
+    return Path(found)

@@ -1,0 +1,164 @@
+"""A decoder with its tokenizer: what `load` returns."""
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tinysteer import generation
+from tinysteer.config import Config
+from tinysteer.model import CHUNK, Cache, Decoder, Recorder, Seam
+from tinysteer.sampling import Sampler, greedy
+from tinysteer.steering import Edit, Steer, per_row, seam
+from tinysteer.streaming import TextStream
+from tinysteer.tokenizer import Prompt, Tokenizer
+
+
+class LanguageModel:
+    """A language model that can be steered. Nothing of a call stays behind in it.
+
+    Steering is an argument of every method. `steer` takes edits made by the verbs of
+    `vector.at(layer)`: a list for all prompts, in order, or one list a prompt.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, name: str = ""):
+        self.decoder, self.tokenizer, self.name = decoder, tokenizer, name
+
+    @property
+    def config(self) -> Config:
+        return self.decoder.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embed.weight.dtype
+
+    def __repr__(self) -> str:
+        c, dtype = self.config, str(self.dtype).removeprefix("torch.")
+        return f"<{self.name}: {c.family}, {c.n_layers} layers of width {c.dim}, {dtype}>"
+
+    def complete(
+        self, prompts: str | Sequence[Prompt], steer: Steer = None, **options
+    ) -> list[str]:
+        """The model's answers: one string a prompt, in order, without prompt or special tokens.
+
+        prompts: users' messages, or conversations as lists of {"role": ..., "content": ...}.
+        options: the fields of `Options`, such as max_new_tokens=128, temperature=0.0, seed=None,
+        stop=(). ValueError, before anything is run, for a prompt that exceeds the context, for
+        edits that do not fit this model and for options out of range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [""] * len(prompts)
+        for i, piece in self.stream(prompts, steer, **options):
+            texts[i] += piece
+        return texts
+
+    @overload
+    def stream(self, prompts: str, steer: Steer = None, **options) -> Iterator[str]: ...
+    @overload
+    def stream(
+        self, prompts: Sequence[Prompt], steer: Steer = None, **options
+    ) -> Iterator[tuple[int, str]]: ...
+    def stream(self, prompts, steer=None, **options):
+        """The same piece by piece: text for one string, (index, text) for a list of prompts."""
+        if isinstance(prompts, str):
+            return (piece for _, piece in self.stream([prompts], steer, **options))
+        options = generation.Options(**options)
+        encode = self.tokenizer.chat if options.chat else self.tokenizer.encode
+        ids = [encode(prompt) for prompt in prompts]
+        edits = per_row(steer, len(ids))
+        self._seam(edits)  # refuses now what does not fit
+        limits = options.per_prompt("max_new_tokens", len(ids))
+        seeds = options.per_prompt("seed", len(ids))
+        generation.check_lengths(ids, limits, self.config.context_length)
+        return self._stream(ids, edits, limits, seeds, options)
+
+    @torch.inference_mode()
+    def _stream(self, ids, edits, limits, seeds, options) -> Iterator[tuple[int, str]]:
+        stop = options.stop_strings + (self.tokenizer.stop_strings if options.chat else ())
+        # Prompts of like length share a batch; rows that may not get a token need none.
+        order = sorted((i for i in range(len(ids)) if limits[i]), key=lambda i: len(ids[i]))
+        size = options.batch_size
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        for batch in tqdm(batches, "batches", disable=None if len(batches) > 1 else True):
+            pick = greedy
+            if options.temperature:
+                pick = Sampler(
+                    [seeds[i] for i in batch],
+                    options.temperature,
+                    options.top_k,
+                    options.top_p,
+                    options.min_p,
+                )
+            rows = [
+                TextStream(self.tokenizer.decode, limits[i], self.tokenizer.stop_ids, stop)
+                for i in batch
+            ]
+            steer = self._seam([edits[i] for i in batch])
+            pieces = generation.decode(self.decoder, [ids[i] for i in batch], rows, steer, pick)
+            for row, piece in pieces:
+                yield batch[row], piece
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: Tensor,
+        steer: Steer = None,
+        *,
+        start: Tensor | None = None,
+        prompt_length: int | None = None,
+    ) -> Tensor:
+        """tokens (B, T) -> what follows each of them, (B, T, vocab_size) float32.
+
+        start (B,): where rows padded on the left begin; default 0. prompt_length: how many of
+        the columns are the prompt, for edits that tell it from what follows; default all.
+        """
+        chunks, cache, steer = self._run(tokens, steer, start, prompt_length)
+        outputs = [self.decoder.logits(self.decoder(chunk, cache, steer)) for chunk in chunks]
+        return torch.cat(outputs, dim=1)
+
+    @torch.inference_mode()
+    def residuals(
+        self,
+        tokens: Tensor,
+        steer: Steer = None,
+        *,
+        start: Tensor | None = None,
+        prompt_length: int | None = None,
+    ) -> Tensor:
+        """tokens (B, T) -> the residual stream after every block, (n_layers, B, T, D).
+
+        In the model's dtype, edits included. Other arguments as for `logits`.
+        """
+        chunks, cache, steer = self._run(tokens, steer, start, prompt_length)
+        recorder = Recorder(self.config.n_layers, steer)
+        for chunk in chunks:
+            self.decoder(chunk, cache, recorder)
+        return torch.stack([torch.cat(states, dim=1) for states in recorder.states])
+
+    def _run(self, tokens, steer, start, prompt_length):
+        if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+            raise ValueError(
+                f"tokens must be integers (B, T), not {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        B, T = tokens.shape
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(f"tokens must be ids from 0 to {self.config.vocab_size - 1}")
+        if self.config.context_length < T:
+            raise ValueError(
+                f"{T} tokens exceed the model's context of {self.config.context_length}"
+            )
+        start = torch.zeros(B, dtype=torch.long) if start is None else start
+        if start.shape != (B,) or not 0 <= int(start.min()) <= int(start.max()) < T:
+            raise ValueError(f"start must be ({B},) columns from 0 to {T - 1}, not {start}")
+        cache = Cache(self.decoder, start, T if prompt_length is None else prompt_length, T)
+        edits = per_row(steer, B)
+        return tokens.to(self.device).split(CHUNK, dim=1), cache, self._seam(edits)
+
+    def _seam(self, edits: list[list[Edit]]) -> Seam:
+        return seam(edits, self.config.n_layers, self.config.dim, self.device)

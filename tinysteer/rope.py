@@ -1,0 +1,80 @@
+"""Rotary position embeddings: the frequencies of every scaling scheme, tables, rotation.
+
+S  positions     R  rotated dimensions of a head, paired (i, i + R/2); the rest pass through
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """One rotary embedding as plain numbers. What a scheme does not use keeps its default."""
+
+    dim: int  # R
+    theta: float = 10_000.0
+    scheme: str = "default"  # a key of SCHEMES
+    factor: float = 1.0  # linear, llama3: how much longer the context became
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_length: int = 0  # llama3, longrope: the context before it was made longer
+    short_factors: tuple[float, ...] = ()  # longrope: (R/2,) for texts within original_length
+    long_factors: tuple[float, ...] = ()  # longrope: (R/2,) for longer ones
+    table_scale: float = 1.0  # longrope: multiplies cos and sin
+
+    def __post_init__(self):
+        for factors in (self.short_factors, self.long_factors):
+            if factors and len(factors) != self.dim // 2:
+                raise ValueError(
+                    f"LongRoPE has {len(factors)} factors for {self.dim // 2} pairs of dimensions"
+                )
+
+    def tables(self, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0 .. length - 1, each (length, R) float32.
+
+        LongRoPE has two sets of frequencies and picks one by length. transformers may switch in
+        the middle of a generation, which keys already in a cache cannot follow; here `length`,
+        prompt and new tokens together, decides once.
+        """
+        angles = torch.outer(torch.arange(length).float(), SCHEMES[self.scheme](self, length))
+        angles = torch.cat((angles, angles), dim=-1).to(device)
+        return angles.cos() * self.table_scale, angles.sin() * self.table_scale
+
+
+def default(rope: Rope, length: int) -> Tensor:
+    """Radians per position of each pair, (R/2,)."""
+    return 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2).float() / rope.dim)
+
+
+def linear(rope: Rope, length: int) -> Tensor:
+    return default(rope, length) / rope.factor
+
+
+def llama3(rope: Rope, length: int) -> Tensor:
+    """Slow pairs are slowed by `factor`, fast ones kept, those between blended (Llama 3.1)."""
+    frequencies = default(rope, length)
+    turns = rope.original_length * frequencies / (2 * math.pi)  # within the original context
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / rope.factor
+
+
+def longrope(rope: Rope, length: int) -> Tensor:
+    """Each pair has its own factor, one for short texts and one for long (Phi-3 128k)."""
+    factors = rope.long_factors if length > rope.original_length else rope.short_factors
+    return default(rope, length) / torch.tensor(factors)
+
+
+SCHEMES = {"default": default, "linear": linear, "llama3": llama3, "longrope": longrope}
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, head_dim); cos, sin (B, 1, T, R) -> x, its first R dimensions turned."""
+    R = cos.shape[-1]
+    turned, rest = x[..., :R], x[..., R:]
+    a, b = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1)

@@ -1,0 +1,139 @@
+"""Text to token ids and back: tokenizer.json, the model's chat template, stop ids, padding."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from tinysteer.template import render
+
+# Ends of a turn, for checkpoints whose configs name only the end of the text.
+TURN_ENDS = ("<|end|>", "<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+Prompt = str | Sequence[Mapping[str, str]]  # a user's message, or a whole conversation
+
+
+class Tokenizer:
+    """A model's vocabulary and the form it wants its prompts in.
+
+    `template` is the chat template, None for a base model; `stop_ids` end a text.
+    """
+
+    def __init__(
+        self,
+        vocabulary: tokenizers.Tokenizer,
+        *,
+        template: str | None = None,
+        special: dict[str, str] | None = None,
+        adds_bos: bool = False,
+        stop_ids: frozenset[int] = frozenset(),
+    ):
+        self.vocabulary, self.template, self.stop_ids = vocabulary, template, stop_ids
+        self.special = special or {}  # {"bos_token": "<s>", ...}, which templates may use
+        self.bos_id = vocabulary.token_to_id(self.special.get("bos_token", ""))
+        self.adds_bos = adds_bos and self.bos_id is not None
+        # A base model goes on to ask itself the next question.
+        self.stop_strings = () if template else ("\nQ:",)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read tokenizer.json and, where they are, the files around it."""
+        folder = Path(folder)
+        try:
+            vocabulary = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            if (folder / "tokenizer.json").exists():
+                raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {error}") from None
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer.json; where it has a tokenizer.model, convert that "
+                "with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            ) from None
+        vocabulary.no_padding()
+        vocabulary.no_truncation()
+        about = read_json(folder / "tokenizer_config.json")
+        special = {k: content(v) for k, v in about.items() if k.endswith("_token") and v}
+        template = read_template(folder, about)
+        added = vocabulary.encode("", add_special_tokens=True).ids
+        bos_id = vocabulary.token_to_id(special.get("bos_token", ""))
+        adds_bos = about.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = bos_id is not None and added[:1] == [bos_id]
+        stops = {vocabulary.token_to_id(special.get("eos_token", ""))}
+        stops |= {vocabulary.token_to_id(end) for end in TURN_ENDS}
+        for name in ("config.json", "generation_config.json"):
+            ids = read_json(folder / name)
+            ids = ids.get("eos_token_id", ids.get("text_config", {}).get("eos_token_id"))
+            stops |= set(ids) if isinstance(ids, list) else {ids}
+        return cls(
+            vocabulary,
+            template=template,
+            special=special,
+            adds_bos=adds_bos,
+            stop_ids=frozenset(stops - {None}),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with one BOS in front where the model wants one."""
+        ids = self.vocabulary.encode(text, add_special_tokens=False).ids
+        if not self.adds_bos:
+            return ids
+        own = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
+        return [self.bos_id, *ids[own:]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        return self.vocabulary.decode(list(ids), skip_special_tokens=True)
+
+    def format(self, prompt: Prompt) -> str:
+        """A prompt as the model wants it: its chat template, or "Q: ...\\nA:" without one."""
+        if self.template is None:
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    "this is a base model without a chat template: "
+                    "give each prompt as one string, not as a conversation"
+                )
+            return f"Q: {prompt}\nA:"
+        messages = prompt
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        variables = {"messages": list(map(dict, messages)), "add_generation_prompt": True}
+        return render(self.template, variables | self.special)
+
+    def chat(self, prompt: Prompt) -> list[int]:
+        """Ids of a formatted prompt, whose template may bring a BOS of its own or not."""
+        return self.encode(self.format(prompt))
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> tokens (B, T), padded on the left, and the column each begins at (B,)."""
+    T = max(map(len, prompts))
+    start = torch.tensor([T - len(ids) for ids in prompts])
+    return torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in prompts]), start
+
+
+def read_json(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def content(token: str | dict) -> str:
+    """tokenizer_config.json names a token by its text or by a description holding it."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def read_template(folder: Path, about: dict) -> str | None:
+    """The chat template, from the three places where it may lie."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = read_json(folder / "chat_template.json").get("chat_template")
+    template = template or about.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default", next(iter(named.values()), None))
+    return template
