@@ -14,7 +14,9 @@ from tinysteer.language_model import LanguageModel
 from tinysteer.rope import Rope
 from tinysteer.steering import Direction, Edit, SteeringVector
 from tinysteer.tokenizer import Tokenizer
-from tinysteer.version import VERSION as __version__
+from tinysteer.version import VERSION
+
+__version__ = VERSION
 
 __all__ = [
     "Config",

@@ -211,21 +211,14 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
     steer = [steer] if isinstance(steer, Edit) else list(steer)
     if all(isinstance(edit, Edit) for edit in steer):
         return [steer] * n_rows
-    rows = [row if isinstance(row, Sequence) else [row] for row in steer]
-    wrong = {type(edit).__name__ for row in rows for edit in row if not isinstance(edit, Edit)}
-    if wrong or any(isinstance(row, Edit) for row in steer):
-        raise ValueError(
-            "steer takes a list of edits, or one list of edits a prompt"
-            + (
-                f", not {', '.join(sorted(wrong))}; did you forget a verb, as in "
-                "vector.at(12).add()?"
-                if wrong
-                else ": not a mixture of the two"
-            )
-        )
-    if len(rows) != n_rows:
-        raise ValueError(f"steer has {len(rows)} lists of edits for {n_rows} prompts")
-    return [list(row) for row in rows]
+    for row in steer:
+        if isinstance(row, Direction | SteeringVector):
+            raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add(20)")
+        if not isinstance(row, Sequence) or not all(isinstance(edit, Edit) for edit in row):
+            raise ValueError(f"steer takes a list of edits, or one such list a prompt, not {row!r}")
+    if len(steer) != n_rows:
+        raise ValueError(f"steer has {len(steer)} lists of edits for {n_rows} prompts")
+    return [list(row) for row in steer]
 
 
 class Steering:

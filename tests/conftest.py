@@ -1,0 +1,69 @@
+"""What every test may use: tiny random checkpoints of every family, and the real models."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import VARIANTS, make_checkpoint
+
+import tinysteer as ts
+
+REAL = ("smollm2", "gemma3")
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    """Without $TINYSTEER_MODELS the real models' tests are skipped; with it none is."""
+    if "TINYSTEER_MODELS" not in os.environ:
+        reason = "needs the folder of shared/models/build.py's models in $TINYSTEER_MODELS"
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """variant's name -> (folder, transformers model), each made once."""
+    made = {}
+
+    def make(variant: str):
+        if variant not in made:
+            made[variant] = make_checkpoint(variant, tmp_path_factory.mktemp("model") / "tiny")
+        return made[variant]
+
+    return make
+
+
+@pytest.fixture(params=VARIANTS)
+def pair(request, checkpoint):
+    """Our model and transformers' from one checkpoint, for each variant in turn, float32."""
+    folder, theirs = checkpoint(request.param)
+    return ts.load(folder, dtype="float32"), theirs
+
+
+@pytest.fixture
+def model(checkpoint):
+    """One tiny random model, where the family does not matter."""
+    return ts.load(checkpoint("llama: grouped heads")[0], dtype="float32")
+
+
+def real_folder(name: str) -> Path:
+    folder = Path(os.environ["TINYSTEER_MODELS"]) / name
+    assert folder.is_dir(), f"$TINYSTEER_MODELS has no {name}: shared/models/build.py makes it"
+    return folder
+
+
+@pytest.fixture(scope="session", params=REAL)
+def real_pair(request):
+    """A real model, ours and transformers', float32."""
+    from transformers import AutoModelForCausalLM
+
+    folder = real_folder(request.param)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return ts.load(folder, dtype="float32"), theirs.eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return ts.load(real_folder("smollm2"), dtype="float32")
