@@ -146,9 +146,9 @@ def test_every_trait_matters(variant, checkpoint):
 
 
 @torch.no_grad()
-def test_half_precision_is_as_near_to_float32_as_transformers(pair, checkpoint, request):
-    ours, theirs = pair
-    folder, _ = checkpoint(request.node.callspec.params["pair"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_is_as_near_to_float32_as_transformers(variant, checkpoint):
+    folder, theirs = checkpoint(variant)
     tokens = some_tokens()
     exact = theirs(tokens).logits
     half = ts.load(folder, dtype="bfloat16").logits(tokens)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from tqdm import tqdm
 
 from tinysteer.config import Config
@@ -70,12 +71,17 @@ class Stored:
 def read_headers(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its name, and where it is; reads no weights."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        paths = [folder / file for file in sorted(set(read_json(index)["weight_map"].values()))]
-        if absent := [path.name for path in paths if not path.exists()]:
-            raise FileNotFoundError(f"{folder} lacks {shorten(absent)}, which {index.name} names")
-    elif single.exists():
+    if single.exists():
         paths = [single]
+    elif index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{index} has no weight_map; download it again")
+        paths = [folder / file for file in sorted(set(weight_map.values()))]
+        if absent := [path.name for path in paths if not path.exists()]:
+            raise FileNotFoundError(
+                f"{folder} lacks {shorten(absent)}, which {index.name} names; download it again"
+            )
     else:
         pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
         found = f"only {shorten(pickles)}, a pickle, which can run code when read; " * bool(pickles)
@@ -140,17 +146,20 @@ def load_decoder(
         if kind not in STORED_DTYPES:
             raise ValueError(f"the weights are stored as {kind}; pass dtype= or another checkpoint")
         dtype = STORED_DTYPES[kind]
-    decoder = decoder.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    parameters = dict(decoder.named_parameters())
-    for target, names in tqdm(sources.items(), "weights", unit="", leave=False, disable=None):
+    progress = tqdm(sources.items(), "weights", unit="", leave=False, disable=None)
+    for target, names in progress:
+        module, _, kind = target.rpartition(".")
+        shape = decoder.get_parameter(target).shape
+        place = torch.empty(shape, dtype=dtype, device=device)
         row = 0
         for name in names:
             # Opened anew for each: pages that were read leave memory with the mapping.
             with safe_open(stored[name].path, framework="pt") as file:
                 tensor = file.get_tensor(name)
-            parameters[target][row : row + len(tensor)].copy_(tensor)
+            place[row : row + len(tensor)].copy_(tensor)
             row += len(tensor)
-    return decoder
+        setattr(decoder.get_submodule(module), kind, nn.Parameter(place, requires_grad=False))
+    return decoder.eval()
 
 
 def ignored(name: str) -> bool:

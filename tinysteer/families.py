@@ -47,8 +47,10 @@ TEXT_PREFIX = "language_model."
 
 
 def gemma(c: dict) -> dict[str, Any]:
-    # config.json may say "gelu" or nothing; the tanh form is what Gemma was trained with.
-    return {"norm_offset": 1.0, "embed_scale": c["hidden_size"] ** 0.5, "activation": "gelu_tanh"}
+    traits = {"norm_offset": 1.0, "embed_scale": c["hidden_size"] ** 0.5}
+    if not c.get("hidden_activation"):  # Gemma 1 says "gelu" and means the tanh form
+        traits["activation"] = "gelu_tanh"
+    return traits
 
 
 def gemma2(c: dict) -> dict[str, Any]:
@@ -80,8 +82,11 @@ class Family:
 
 # The defaults are those of each family's published config class.
 GEMMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 256}
-GEMMA3_DEFAULTS = GEMMA_DEFAULTS | {
+GEMMA3_DEFAULTS = GEMMA_DEFAULTS | {  # sizes too: a multimodal model's text_config is sparse
     "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 131_072,
@@ -104,14 +109,28 @@ FAMILIES = {
             "sliding_window": 4096,
         },
     ),
-    "phi3": Family(PHI3, "S", defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
-    "gemma": Family(LLAMA, "G", gemma, GEMMA_DEFAULTS | {"max_position_embeddings": 8192}),
+    "phi3": Family(
+        PHI3,
+        "S",
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    "gemma": Family(
+        LLAMA,
+        "G",
+        gemma,
+        GEMMA_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 8192},
+    ),
     "gemma2": Family(
         GEMMA2,
         "SG",
         gemma2,
         GEMMA_DEFAULTS
         | {
+            "num_key_value_heads": 4,
             "max_position_embeddings": 8192,
             "sliding_window": 4096,
             "query_pre_attn_scalar": 256,
@@ -121,7 +140,9 @@ FAMILIES = {
     ),
     "gemma3_text": Family(GEMMA3, "SSSSSG", gemma3, GEMMA3_DEFAULTS),
 }
-MULTIMODAL = {"gemma3": "gemma3_text"}  # whose text model stands in text_config
+MULTIMODAL = {"gemma3": "gemma3_text"}  # whose text model stands in text_config, except for:
+WHOLE = ("tie_word_embeddings", "quantization_config")
+KINDS = {"S": "sliding_attention", "G": "full_attention"}
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -133,8 +154,8 @@ def read_config(config: dict[str, Any]) -> Config:
     """
     model_type = config.get("model_type")
     if model_type in MULTIMODAL:
-        text = config.get("text_config", {})
-        config = {k: v for k, v in config.items() if k == "tie_word_embeddings"} | text
+        whole = {k: config[k] for k in WHOLE if k in config}
+        config = (config.get("text_config") or {}) | whole
         model_type = MULTIMODAL[model_type]
     if model_type not in FAMILIES:
         known = ", ".join([*FAMILIES, *MULTIMODAL])
@@ -151,7 +172,7 @@ def read_config(config: dict[str, Any]) -> Config:
 
 def build(model_type: str, family: Family, c: dict[str, Any]) -> Config:
     """The settings of a config.json, the family's defaults filled in -> Config."""
-    activation = c.get("hidden_act") or "silu"
+    activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"hidden_act {activation!r} is not supported; those that are: {known}")
@@ -180,8 +201,7 @@ def read_layers(c: dict, family: Family, head_dim: int) -> tuple[Layer, ...]:
     if period := c.get("sliding_window_pattern") or c.get("_sliding_window_pattern"):
         pattern = "S" * (period - 1) + "G"
     kinds = c.get("layer_types") or [
-        {"S": "sliding_attention", "G": "full_attention"}[pattern[i % len(pattern)]]
-        for i in range(c["num_hidden_layers"])
+        KINDS[pattern[i % len(pattern)]] for i in range(c["num_hidden_layers"])
     ]
     if len(kinds) != c["num_hidden_layers"]:
         raise ValueError(
@@ -203,17 +223,11 @@ def read_rope(c: dict, head_dim: int, kind: str) -> Rope:
     `rope_parameters` (transformers 5) may be nested per kind; before, `rope_theta` and
     `rope_scaling` stood apart, and Gemma 3's local layers had `rope_local_base_freq` alone.
     """
-    parameters = c.get("rope_parameters") or {}
-    if kind in parameters:
-        r = dict(parameters[kind])
-    elif (
-        parameters and "sliding_attention" not in parameters and "full_attention" not in parameters
-    ):
-        r = dict(parameters)
-    elif kind == "sliding_attention" and "rope_local_base_freq" in c:
-        r = {"rope_theta": c["rope_local_base_freq"]}
-    else:
-        r = dict(c.get("rope_scaling") or {})
+    local = kind == "sliding_attention" and "rope_local_base_freq" in c
+    theta = c["rope_local_base_freq"] if local else c.get("rope_theta")
+    r = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if local or r.keys() & KINDS.values():
+        r = r.get(kind) or {}
     scheme = r.get("rope_type") or r.get("type") or "default"
     scheme = "longrope" if "short_factor" in r else scheme  # early Phi-3 said "su", then "yarn"
     if scheme not in SETTINGS:
@@ -222,7 +236,7 @@ def read_rope(c: dict, head_dim: int, kind: str) -> Rope:
     partial = r.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
     return Rope(
         dim=int(head_dim * partial),
-        theta=float(r.get("rope_theta") or c.get("rope_theta") or 10_000.0),
+        theta=float(r.get("rope_theta") or theta or 10_000.0),
         scheme=scheme,
         **SETTINGS[scheme](r, c),
     )

@@ -44,9 +44,23 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
         ) from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise ConnectionError(
-            f"{source} is not in the Hub's cache here, and the Hub cannot be reached; "
-            f"connect, or pass the folder of a model ({type(error).__name__})"
-        ) from None
+    except (OSError, errors.HTTPError) as error:  # the latter is the HTTP client's own
+        raise explain(error, source) from None
     return Path(found)
+
+
+def explain(error: Exception, source: str | Path) -> Exception:
+    """What to raise for an error of the network, of the Hub or of this machine's disk."""
+    cause = error.__cause__ or error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status in (401, 403):
+        return PermissionError(
+            f"the Hub refuses {source} to you (HTTP {status}): check the token in HF_TOKEN or log "
+            "in anew with `hf auth login`"
+        )
+    if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
+        return error  # the disk's own words: no space, no permission
+    return ConnectionError(
+        f"{source} is not in the Hub's cache here, or not all of it, and the Hub cannot be "
+        f"reached; connect, or pass the folder of a model ({status or type(cause).__name__})"
+    )

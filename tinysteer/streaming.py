@@ -47,10 +47,10 @@ class TextStream:
         return piece
 
     def _release(self) -> str:
-        found = [i for i in (self.held.find(s) for s in self.stop) if i >= 0]
-        if found:
+        found = [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]
+        if found:  # several: the first to be complete, as if the text had come by characters
             self.done = True
-            text, self.held = self.held[: min(found)], ""
+            text, self.held = self.held[: min(found)[1]], ""
             return text
         keep = 0 if self.done else max((overlap(self.held, s) for s in self.stop), default=0)
         cut = len(self.held) - keep

@@ -30,12 +30,12 @@ class Tokenizer:
         adds_bos: bool = False,
         stop_ids: frozenset[int] = frozenset(),
     ):
-        self.vocabulary, self.template, self.stop_ids = vocabulary, template, stop_ids
+        self.vocabulary, self.template, self.stop_ids = vocabulary, template or None, stop_ids
         self.special = special or {}  # {"bos_token": "<s>", ...}, which templates may use
         self.bos_id = vocabulary.token_to_id(self.special.get("bos_token", ""))
         self.adds_bos = adds_bos and self.bos_id is not None
         # A base model goes on to ask itself the next question.
-        self.stop_strings = () if template else ("\nQ:",)
+        self.stop_strings = () if self.template else ("\nQ:",)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -53,7 +53,7 @@ class Tokenizer:
         vocabulary.no_padding()
         vocabulary.no_truncation()
         about = read_json(folder / "tokenizer_config.json")
-        special = {k: content(v) for k, v in about.items() if k.endswith("_token") and v}
+        special = {k: content(v) for k, v in about.items() if names_token(k, v)}
         template = read_template(folder, about)
         added = vocabulary.encode("", add_special_tokens=True).ids
         bos_id = vocabulary.token_to_id(special.get("bos_token", ""))
@@ -64,7 +64,7 @@ class Tokenizer:
         stops |= {vocabulary.token_to_id(end) for end in TURN_ENDS}
         for name in ("config.json", "generation_config.json"):
             ids = read_json(folder / name)
-            ids = ids.get("eos_token_id", ids.get("text_config", {}).get("eos_token_id"))
+            ids = ids.get("eos_token_id", (ids.get("text_config") or {}).get("eos_token_id"))
             stops |= set(ids) if isinstance(ids, list) else {ids}
         return cls(
             vocabulary,
@@ -95,11 +95,15 @@ class Tokenizer:
                     "give each prompt as one string, not as a conversation"
                 )
             return f"Q: {prompt}\nA:"
-        messages = prompt
-        if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError(
+                "a prompt is one string, or a conversation as a list of "
+                f'{{"role": ..., "content": ...}}, not {prompt!r}'
+            )
         variables = {"messages": list(map(dict, messages)), "add_generation_prompt": True}
-        return render(self.template, variables | self.special)
+        absent = {"tools": None, "documents": None}  # templates ask whether they are none
+        return render(self.template, self.special | absent | variables)
 
     def chat(self, prompt: Prompt) -> list[int]:
         """Ids of a formatted prompt, whose template may bring a BOS of its own or not."""
@@ -117,9 +121,17 @@ def read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object")
+    return found
+
+
+def names_token(key: str, value) -> bool:
+    """Whether a setting of tokenizer_config.json is such as "bos_token", not "add_bos_token"."""
+    return key.endswith("_token") and isinstance(value, str | dict)
 
 
 def content(token: str | dict) -> str:

@@ -1,0 +1,133 @@
+"""Does it work? Two instructions on held-out prompts: the tables and texts that README shows.
+
+    python bench/steering.py MODEL     (written for SmolLM2-135M-Instruct)
+
+Vectors come from bench/pairs, numbers from the prompts below, which are in no pair and chose no
+layer. Greedy, float32, at most 96 new tokens. The control is a random direction at the same layer
+with the same weight.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from common import table, where
+
+import tinysteer as ts
+
+PAIRS = Path(__file__).parent / "pairs"
+PROMPTS = [
+    "Why is the sea salty?",
+    "How do I keep houseplants alive while I am on holiday?",
+    "What is the purpose of a passport?",
+    "Tell me about the elephants of Africa.",
+    "Explain how a bicycle stays upright.",
+    "What should I eat before running a marathon?",
+    "Describe the main parts of a computer.",
+    "How can I make new friends in a new city?",
+    "What happened during the Apollo 11 mission?",
+    "Recommend a book for a long flight and say why.",
+    "How do vaccines protect us?",
+    "Write an invitation to a garden party.",
+    "Why do cats purr?",
+    "How do I learn to play the guitar on my own?",
+    "What is a black hole?",
+    "Tell me about the Amazon rainforest.",
+    "How does a microwave oven heat food?",
+    "What should I do if I lose my wallet?",
+    "Describe the taste of dark chocolate.",
+    "How can I keep my kitchen clean every day?",
+    "Who was Marie Curie?",
+    "Explain why the sky is blue.",
+    "What makes a good teacher?",
+    "How do I write a thank-you note after an interview?",
+]
+CONCISE = " Be extremely concise."
+JSON = (
+    " Answer in JSON format.",
+    " Format the response as JSON.",
+    " Give the answer as a JSON object with suitable keys.",
+    " Output only JSON.",
+    " Wrap the whole answer in a JSON object.",
+    " Your reply must be valid JSON and nothing else.",
+)
+
+
+def extract(model: ts.LanguageModel, name: str) -> ts.SteeringVector:
+    rows = [json.loads(line) for line in (PAIRS / f"{name}.jsonl").read_text().splitlines()]
+    return ts.extract(model, [row["with"] for row in rows], [row["without"] for row in rows])
+
+
+def random_like(direction: ts.Direction) -> ts.Direction:
+    torch.manual_seed(0)
+    u = torch.nn.functional.normalize(torch.randn_like(direction.direction), dim=0)
+    return ts.Direction(direction.layer, u, direction.norm, direction.target, direction.baseline)
+
+
+def words(texts: list[str]) -> float:
+    return sum(len(text.split()) for text in texts) / len(texts)
+
+
+def opens_as_json(text: str) -> bool:
+    return text.lstrip().startswith(("{", "[", "```json"))
+
+
+def holds_json(text: str) -> bool:
+    """Whether a whole JSON object can be read out of the text."""
+    for at, character in enumerate(text):
+        if character == "{":
+            try:
+                json.JSONDecoder().raw_decode(text[at:])
+            except ValueError:
+                continue
+            return True
+    return False
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    model = ts.load(sys.argv[1], dtype="float32")
+    print(where(), model, sep="; ", end="\n\n")
+
+    def complete(prompts, *steer):
+        return model.complete(prompts, steer, max_new_tokens=96)
+
+    concise = extract(model, "concise").at(15)
+    asked = [prompt + CONCISE for prompt in PROMPTS]
+    plain, steered = complete(PROMPTS), complete(PROMPTS, concise.add())
+    rows = [
+        ["neither", f"{words(plain):.1f}"],
+        ["steered", f"{words(steered):.1f}"],
+        ["asked", f"{words(complete(asked)):.1f}"],
+        ["both", f"{words(complete(asked, concise.add())):.1f}"],
+        ["a random direction", f"{words(complete(PROMPTS, random_like(concise).add())):.1f}"],
+    ]
+    print(table([f"concise, {len(PROMPTS)} prompts", "mean words"], rows), end="\n\n")
+
+    as_json = extract(model, "json").at(17)
+    asked = [prompt + wording for prompt in PROMPTS[:12] for wording in JSON]
+    control, weight = random_like(as_json), 0.75 * as_json.norm
+    ways = {
+        "steered": complete(PROMPTS[:12], as_json.add(weight)),
+        "asked": complete(asked),
+        "both": (both := complete(asked, as_json.add(weight))),
+        "asked, a random direction": complete(asked, control.add(weight)),
+    }
+    rows = [
+        [
+            name,
+            *(f"{sum(map(test, texts))} of {len(texts)}" for test in (opens_as_json, holds_json)),
+        ]
+        for name, texts in ways.items()
+    ]
+    print(table(["JSON", "opens as JSON", "holds an object"], rows), end="\n\n")
+
+    for i in (2, 14, 17):
+        print(f"> {PROMPTS[i]}\n\n{plain[i]}\n\nsteered: {steered[i]}\n")
+    print(f"> {asked[4 * 6 + 4]}\n\n{ways['asked'][4 * 6 + 4]}\n\nsteered: {both[4 * 6 + 4]}")
+
+
+if __name__ == "__main__":
+    main()

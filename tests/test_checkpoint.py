@@ -1,0 +1,324 @@
+"""Loading a folder: what is equal, what is accepted, and one clear sentence for what is not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import tinysteer as ts
+
+TOKENS = torch.tensor([[1, 5, 9, 200, 7]])
+Q, K = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qk")
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> Path:
+    """A copy of a tiny checkpoint, to be changed."""
+    return Path(shutil.copytree(checkpoint("llama: grouped heads")[0], tmp_path / "copy"))
+
+
+def configure(folder: Path, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def rewrite(folder: Path, change):
+    """Write model.safetensors anew with `change` of its tensors, a dict by name."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def in_shards(folder: Path) -> list[Path]:
+    """Split model.safetensors into three, as the Hub does with large ones."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(3):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        names = sorted(tensors)[i::3]
+        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sorted(folder.glob("model-*"))
+
+
+def test_one_file_equals_shards(checkpoint, tmp_path):
+    whole, _ = checkpoint("llama: grouped heads")
+    shards, _ = make_checkpoint("llama: grouped heads", tmp_path, max_shard_size="100KB")
+    assert len(list(shards.glob("model-*-of-*.safetensors"))) > 1
+    assert not (shards / "model.safetensors").exists()
+    assert torch.equal(ts.load(whole).logits(TOKENS), ts.load(shards).logits(TOKENS))
+
+
+def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(folder):
+    exact = ts.load(folder)
+    assert exact.dtype == torch.float32
+    rewrite(folder, lambda tensors: {name: t.bfloat16() for name, t in tensors.items()})
+    assert ts.load(folder).dtype == torch.bfloat16
+    rounded = exact.decoder.to(torch.bfloat16).to(torch.float32).state_dict()
+    for dtype in ("float32", torch.float32):
+        model = ts.load(folder, dtype=dtype)
+        assert model.dtype == torch.float32
+        torch.testing.assert_close(model.decoder.state_dict(), rounded, atol=0, rtol=0)
+    assert ts.load(folder, dtype="float16").dtype == torch.float16
+
+
+def test_a_model_is_named_after_its_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for source in (folder, str(folder), "."):
+        assert ts.load(source).name == "copy"
+
+
+def test_nothing_of_a_model_is_trained(folder):
+    model = ts.load(folder)
+    assert not model.decoder.training
+    assert not any(parameter.requires_grad for parameter in model.decoder.parameters())
+
+
+def test_a_head_stored_although_tied_is_accepted(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("llama: tied head")[0], tmp_path / "copy"))
+    expected = ts.load(folder).logits(TOKENS)
+    head = torch.zeros(300, 48)
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": head})
+    assert torch.equal(ts.load(folder).logits(TOKENS), expected)
+
+
+def test_buffers_of_old_checkpoints_are_accepted(folder):
+    expected = ts.load(folder).logits(TOKENS)
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in range(4)}
+    rewrite(folder, lambda tensors: tensors | old)
+    assert torch.equal(ts.load(folder).logits(TOKENS), expected)
+
+
+def test_the_files_are_free_once_a_model_is_loaded(folder):
+    model = ts.load(folder)
+    expected = model.logits(TOKENS)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write(b"\0" * (folder / "model.safetensors").stat().st_size)
+    assert torch.equal(model.logits(TOKENS), expected)
+
+
+def swap(folder: Path):
+    """Queries' rows where keys' belong and the other way round: together they still fit."""
+    rewrite(folder, lambda tensors: tensors | {Q: tensors[K], K: tensors[Q]})
+
+
+def cut_short(path: Path, n_bytes: int):
+    path.write_bytes(path.read_bytes()[:n_bytes])
+
+
+def only_a_pickle(folder: Path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def without(folder: Path, setting: str):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config[setting]
+    path.write_text(json.dumps(config))
+
+
+BAD = {
+    "a tensor is missing": (
+        lambda folder: rewrite(folder, lambda ts: {name: ts[name] for name in ts if name != K}),
+        ValueError,
+        rf"^the checkpoint lacks {K}; is it complete, and is its config.json its own\?$",
+    ),
+    "many tensors are missing": (
+        lambda folder: configure(folder, num_hidden_layers=6),
+        ValueError,
+        r"lacks model\.layers\.4\.\S+, \S+, \S+ and 15 more; is it complete",
+    ),
+    "a tensor is unexpected": (
+        lambda folder: rewrite(folder, lambda tensors: tensors | {"x.bias": torch.ones(2)}),
+        ValueError,
+        r"^the checkpoint has unknown x\.bias; is it complete, and is its config\.json",
+    ),
+    "a tensor is misshapen": (
+        lambda folder: configure(folder, vocab_size=301),
+        ValueError,
+        r"does not fit its config\.json: model\.embed_tokens\.weight is \[300, 48\], not "
+        r"\[301, 48\], lm_head\.weight is",
+    ),
+    "queries and keys are swapped": (
+        swap,
+        ValueError,
+        rf"does not fit its config\.json: {Q} is \[24, 48\], not \[48, 48\], "
+        rf"{K} is \[48, 48\], not \[24, 48\]; is it complete",
+    ),
+    "the file is cut short in its weights": (
+        lambda folder: cut_short(folder / "model.safetensors", 50_000),
+        ValueError,
+        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
+    ),
+    "the file is cut short in its header": (
+        lambda folder: cut_short(folder / "model.safetensors", 100),
+        ValueError,
+        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
+    ),
+    "the file is empty": (
+        lambda folder: cut_short(folder / "model.safetensors", 0),
+        ValueError,
+        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
+    ),
+    "the file is a pointer of git-lfs": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.git"),
+        ValueError,
+        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
+    ),
+    "a shard is cut short": (
+        lambda folder: cut_short(in_shards(folder)[1], 5000),
+        ValueError,
+        r"model-00002-of-00003\.safetensors is cut short",
+    ),
+    "a shard is missing": (
+        lambda folder: in_shards(folder)[1].unlink(),
+        FileNotFoundError,
+        r"copy lacks model-00002-of-00003\.safetensors, which model\.safetensors\.index\.json "
+        "names; download it again$",
+    ),
+    "the index names no tensors": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "x.safetensors")
+            and (folder / "model.safetensors.index.json").write_text("{}")
+        ),
+        ValueError,
+        r"model\.safetensors\.index\.json has no weight_map; download it again",
+    ),
+    "the weights are a pickle": (
+        only_a_pickle,
+        FileNotFoundError,
+        r"no model\.safetensors: only pytorch_model\.bin, a pickle, which can run code when read; "
+        "convert the checkpoint to safetensors or choose one that has them",
+    ),
+    "there are no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        FileNotFoundError,
+        r"no model\.safetensors: convert the checkpoint to safetensors",
+    ),
+    "the weights are of a dtype that no model is run in": (
+        lambda folder: rewrite(folder, lambda ts: {name: t.double() for name, t in ts.items()}),
+        ValueError,
+        r"the weights are stored as F64; pass dtype= ",
+    ),
+    "there is no config.json": (
+        lambda folder: (folder / "config.json").unlink(),
+        FileNotFoundError,
+        r"copy has no config\.json: it is not a model's folder",
+    ),
+    "config.json is no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        ValueError,
+        r"copy.config\.json is not valid JSON: ",
+    ),
+    "config.json is no text": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
+        ValueError,
+        r"copy.config\.json is not valid JSON: ",
+    ),
+    "config.json is a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        ValueError,
+        r"copy.config\.json holds a list, not a JSON object$",
+    ),
+    "config.json lacks a setting": (
+        lambda folder: without(folder, "num_attention_heads"),
+        ValueError,
+        r"^config\.json has no 'num_attention_heads'$",
+    ),
+    "the model_type is unknown": (
+        lambda folder: configure(folder, model_type="mamba"),
+        ValueError,
+        r"^model_type 'mamba' is not supported; those that are: "
+        "llama, mistral, phi3, gemma, gemma2, gemma3_text, gemma3$",
+    ),
+    "there is no model_type": (
+        lambda folder: without(folder, "model_type"),
+        ValueError,
+        r"^model_type None is not supported; those that are: llama, ",
+    ),
+    "the rope's type is unknown": (
+        lambda folder: configure(folder, rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+        ValueError,
+        r"^rope type 'yarn' is not supported; those that are: default, linear, llama3, longrope$",
+    ),
+    "the rope's factors do not fit": (
+        lambda folder: configure(
+            folder,
+            rope_parameters={"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2]},
+        ),
+        ValueError,
+        r"^LongRoPE has 2 factors for 6 pairs of dimensions$",
+    ),
+    "hidden_act is unknown": (
+        lambda folder: configure(folder, hidden_act="relu2"),
+        ValueError,
+        r"^hidden_act 'relu2' is not supported; those that are: silu, gelu, gelu_pytorch_tanh$",
+    ),
+    "hidden_activation is unknown": (
+        lambda folder: configure(folder, hidden_activation="relu2"),
+        ValueError,
+        r"^hidden_act 'relu2' is not supported; those that are: ",
+    ),
+    "it is quantized": (
+        lambda folder: configure(folder, quantization_config={"quant_method": "gptq"}),
+        ValueError,
+        r"^this checkpoint is quantized; load the original, unquantized one$",
+    ),
+    "it attends in both directions": (
+        lambda folder: configure(folder, use_bidirectional_attention=True),
+        ValueError,
+        r"^this model attends in both directions: it does not generate text$",
+    ),
+    "there is no tokenizer.json": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        FileNotFoundError,
+        r"copy has no tokenizer\.json; where it has a tokenizer\.model, convert that with transf",
+    ),
+    "tokenizer.json is damaged": (
+        lambda folder: cut_short(folder / "tokenizer.json", 500),
+        ValueError,
+        r"copy.tokenizer\.json is damaged: ",
+    ),
+    "tokenizer_config.json is damaged": (
+        lambda folder: cut_short(folder / "tokenizer_config.json", 9),
+        ValueError,
+        r"copy.tokenizer_config\.json is not valid JSON: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BAD)
+def test_what_is_wrong_is_said_in_one_sentence(damage, folder):
+    do, error, sentence = BAD[damage]
+    do(folder)
+    with pytest.raises(error, match=sentence) as raised:
+        ts.load(folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", ["float64", torch.float64, "bf16", "int8", "nn", 32])
+def test_a_dtype_that_no_model_is_run_in_is_refused(dtype, folder):
+    with pytest.raises(ValueError, match="not supported; those that are: float32, bfloat16, flo"):
+        ts.load(folder, dtype=dtype)
+
+
+def test_no_other_part_of_a_checkpoint_is_read(folder):
+    """A pickle beside the weights may hold anything."""
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    (folder / "consolidated.safetensors").write_bytes(b"not safetensors")
+    assert ts.load(folder).logits(TOKENS).isfinite().all()
+
+
+def test_a_multimodal_checkpoint_keeps_its_vision_to_itself(checkpoint):
+    folder, _ = checkpoint("gemma3: text part of a multimodal model")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert any("vision_tower" in name for name in file.keys())  # noqa: SIM118 (it is no dict)
+    names = [name for name, _ in ts.load(folder).decoder.named_parameters()]
+    assert not any("vision" in name for name in names)

@@ -1,0 +1,217 @@
+"""Generation: batches, limits, stops, seeds and streams, on a tiny random model."""
+
+import pytest
+import torch
+
+import tinysteer as ts
+from tinysteer.sampling import Sampler
+
+PROMPTS = ["short", "a somewhat longer prompt", "x", "and one more of them"]
+
+
+def complete(model, prompts=PROMPTS, *args, **options):
+    return model.complete(prompts, *args, **{"chat": False, "max_new_tokens": 16} | options)
+
+
+def test_a_batch_gives_the_texts_of_single_runs(pair):
+    ours, _ = pair
+    batch = complete(ours)
+    assert batch == [complete(ours, [prompt])[0] for prompt in PROMPTS]
+    assert len(set(batch)) > 1
+
+
+@torch.no_grad()
+def test_greedy_text_is_that_of_transformers(pair):
+    ours, theirs = pair
+    prompt = torch.tensor([ours.tokenizer.encode(PROMPTS[1])])
+    ids = theirs.generate(
+        prompt, do_sample=False, max_new_tokens=16, attention_mask=torch.ones_like(prompt)
+    )
+    answer = ids[0, prompt.shape[1] :].tolist()
+    assert complete(ours, [PROMPTS[1]])[0] == ours.tokenizer.decode(answer)
+
+
+def test_smaller_batches_give_the_same_texts_in_order(model):
+    assert complete(model, batch_size=1) == complete(model, batch_size=3) == complete(model)
+
+
+def test_the_pieces_of_a_stream_are_the_text(model):
+    options = {"chat": False, "max_new_tokens": 16}
+    texts = [""] * len(PROMPTS)
+    for i, piece in model.stream(PROMPTS, **options):
+        assert piece
+        texts[i] += piece
+    assert texts == complete(model)
+    assert "".join(model.stream(PROMPTS[0], **options)) == texts[0]
+
+
+def test_each_row_has_its_own_limit(model):
+    whole = complete(model)
+    texts = complete(model, max_new_tokens=[0, 3, 16, 1])
+    assert texts[0] == ""
+    for text, full in zip(texts, whole, strict=True):
+        assert full.startswith(text.rstrip("\ufffd"))
+    assert [len(model.tokenizer.vocabulary.encode(t).ids) < 16 for t in texts][1]
+
+
+def test_a_shorter_limit_gives_a_prefix(model):
+    def ids(n):
+        rows = [[] for _ in PROMPTS]
+        for i, piece in model.stream(PROMPTS, chat=False, max_new_tokens=n):
+            rows[i].append(piece)
+        return ["".join(row).rstrip("\ufffd") for row in rows]
+
+    assert all(long.startswith(short) for short, long in zip(ids(5), ids(16), strict=True))
+
+
+def test_a_stop_id_ends_its_row_alone(model):
+    logits = model.logits(torch.tensor([model.tokenizer.encode("short")]))
+    first = int(logits[0, -1].argmax())
+    whole = complete(model)
+    model.tokenizer.stop_ids = frozenset([first])
+    texts = complete(model)
+    assert texts[0] == ""
+    assert any(text == full for text, full in zip(texts[1:], whole[1:], strict=True))
+
+
+def test_a_stop_string_is_left_out(model):
+    whole = complete(model)
+    stop = whole[1][4:6]
+    texts = complete(model, stop=stop)
+    assert texts[1] == whole[1][: whole[1].index(stop)]
+    assert all(stop not in text for text in texts)
+
+
+def test_the_same_seed_gives_the_same_text_in_any_batch(model):
+    options = {"temperature": 1.0, "seed": 5}
+    batch = complete(model, **options)
+    assert batch == complete(model, **options)
+    assert batch == [complete(model, [prompt], **options)[0] for prompt in PROMPTS]
+    assert batch != complete(model, temperature=1.0, seed=6)
+
+
+def test_each_row_may_have_its_own_seed(model):
+    texts = complete(model, ["same"] * 3, temperature=1.0, seed=[1, 2, 1])
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_without_a_seed_texts_differ(model):
+    assert complete(model, ["same"], temperature=2.0) != complete(model, ["same"], temperature=2.0)
+
+
+def test_no_prompts_give_no_texts(model):
+    assert model.complete([]) == []
+
+
+def test_one_string_is_one_prompt(model):
+    assert complete(model, "short") == complete(model, ["short"])
+
+
+def test_the_context_cannot_be_exceeded_silently(model):
+    model.complete(["x" * 100], chat=False, max_new_tokens=27)  # 1 + 100 + 27 = 128
+    with pytest.raises(ValueError, match=r"prompt 1 has 101 tokens .* context of 128"):
+        model.complete(["x", "x" * 100], chat=False, max_new_tokens=28)
+    with pytest.raises(ValueError, match="129 tokens exceed the model's context of 128"):
+        model.logits(torch.ones(1, 129, dtype=torch.long))
+
+
+def test_an_error_comes_at_the_call_and_not_at_the_first_piece(model):
+    with pytest.raises(ValueError, match="context"):
+        model.stream("x" * 300)
+
+
+REFUSED = {
+    "temperature is -1": {"temperature": -1},
+    "temperature is nan": {"temperature": float("nan")},
+    "top_k is 0": {"top_k": 0},
+    "top_p is 1.5": {"top_p": 1.5},
+    "min_p is -0.1": {"min_p": -0.1},
+    "batch_size is 0": {"batch_size": 0},
+    "max_new_tokens is -1": {"max_new_tokens": -1},
+    "max_new_tokens has 2 values for 4 prompts": {"max_new_tokens": [1, 2]},
+    "seed has 1 values for 4 prompts": {"seed": [1]},
+    "stop is ''": {"stop": ""},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_options_out_of_range_are_refused_by_name(message, model):
+    with pytest.raises(ValueError, match=message):
+        complete(model, **REFUSED[message])
+
+
+def test_an_unknown_option_is_refused_by_name(model):
+    with pytest.raises(TypeError, match="max_tokens"):
+        model.complete(["x"], max_tokens=5)
+
+
+def test_an_empty_prompt_is_refused(model):
+    model.tokenizer.adds_bos = False
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        complete(model, ["x", ""])
+
+
+TOKENS = {
+    "integers": torch.zeros(1, 3),
+    r"\(B, T\)": torch.zeros(3, dtype=torch.long),
+    "ids from 0 to 299": torch.tensor([[1, 300]]),
+}
+
+
+@pytest.mark.parametrize("message", TOKENS)
+def test_tokens_that_are_none_are_refused(message, model):
+    with pytest.raises(ValueError, match=message):
+        model.logits(TOKENS[message])
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]])
+FILTERS = {  # settings -> the tokens that may be drawn
+    "everything": ({}, {0, 1, 2, 3, 4}),
+    "top_k": ({"top_k": 2}, {0, 1}),
+    "top_p keeps the fewest that reach it": ({"top_p": 0.6}, {0, 1}),
+    "top_p keeps at least one": ({"top_p": 0.01}, {0}),
+    "min_p": ({"min_p": 0.2}, {0, 1, 4}),
+    "top_p counts what top_k left": ({"top_k": 3, "top_p": 0.7}, {0, 1}),
+    "low temperature": ({"temperature": 0.01}, {0}),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_draws_come_from_the_tokens_that_are_left(name):
+    settings, allowed = FILTERS[name]
+    sampler = Sampler([1], **settings)
+    drawn = {int(sampler(LOGITS)[0]) for _ in range(600)}
+    assert drawn == allowed
+
+
+def test_draws_are_as_frequent_as_they_are_likely():
+    sampler, n = Sampler(range(2000)), 4000
+    counts = sum(
+        torch.bincount(sampler(LOGITS.expand(2000, -1)), minlength=5) for _ in range(n // 2000)
+    )
+    expected = LOGITS[0].softmax(-1) * n
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_sampling_settings_equal_those_of_transformers():
+    """top_k, then top_p of what is left, then min_p, as transformers' logits processors."""
+    from transformers.generation import logits_process as theirs
+
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
+    for k, p, m in ((None, None, None), (10, None, None), (None, 0.8, None), (20, 0.7, 0.02)):
+        expected = logits / 0.8
+        if k:
+            expected = theirs.TopKLogitsWarper(k)(None, expected)
+        if p:
+            expected = theirs.TopPLogitsWarper(p)(None, expected)
+        if m:
+            expected = theirs.MinPLogitsWarper(m)(None, expected)
+        sampler = Sampler([0] * 3, 0.8, k, p, m)
+        probabilities, tokens = sampler.probabilities(logits)
+        ours = torch.zeros_like(logits).scatter(-1, tokens, probabilities.float())
+        torch.testing.assert_close(ours, expected.softmax(-1))
+
+
+def test_the_face_says_what_it_is(model):
+    assert repr(model) == "<tiny: llama, 4 layers of width 48, float32>"
+    assert isinstance(model, ts.LanguageModel)

@@ -1,0 +1,274 @@
+"""Loading by id from a small Hub on this machine: what is asked for, kept, and said when it fails.
+
+The Hub's client reads its environment once, so models are loaded in processes of their own.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+from huggingface_hub.errors import HTTPError
+
+import tinysteer as ts
+from tinysteer.hub import fetch
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NEEDED = {"config.json", "generation_config.json", "model.safetensors"}
+NEEDED |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+NOT_NEEDED = {
+    "consolidated.safetensors",
+    "pytorch_model.bin",
+    "README.md",
+    "model.gguf",
+    "onnx/model.safetensors",
+    "onnx/config.json",
+}
+# What each repository but tiny/model answers: where, status, X-Error-Code, X-Error-Message.
+REFUSING = {
+    "tiny/gated": ("/resolve/", 403, "GatedRepo", "Access to model tiny/gated is restricted."),
+    "tiny/gated-wholly": ("/api/", 401, "GatedRepo", "Access to model tiny/gated is restricted."),
+    "tiny/unknown": ("/api/", 404, "RepoNotFound", "Repository not found"),
+    "tiny/forbidden": ("/api/", 403, None, None),
+    "tiny/bad-token": ("/api/", 401, None, "Invalid credentials in Authorization header"),
+    "tiny/disabled": ("/api/", 403, None, "Access to this resource is disabled."),
+    "tiny/broken": ("/api/", 500, None, None),
+}
+LOAD = """
+import json, sys
+import tinysteer as ts
+for source, revision in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps(["loaded", repr(ts.load(source, revision=revision, device="cpu"))]))
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+def make_handler(files: dict[str, bytes], log: list[tuple[str, str, str]]):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            path = urlsplit(self.path).path
+            if "tiny/" in path:  # the client may ask for more than models
+                log.append((self.command, path, self.headers.get("Authorization", "")))
+            status, body, headers = self.find(path)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def find(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+            for repo, (where, status, code, message) in REFUSING.items():
+                if f"{repo}/" in path and where in path:
+                    headers = {"X-Error-Code": code, "X-Error-Message": message}
+                    return status, b"", {name: value for name, value in headers.items() if value}
+            match path.split("/")[1:]:
+                case ["api", "models", _, _, _, "no-such-revision"]:
+                    return 404, b"", {"X-Error-Code": "RevisionNotFound"}
+                case ["api", "models", owner, name, "revision", _]:
+                    siblings = [{"rfilename": file} for file in files]
+                    about = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}
+                    return 200, json.dumps(about).encode(), {}
+                case ["api", "models", _, _, "tree", _]:
+                    tree = [
+                        {"type": "file", "path": file, "size": len(data), "oid": digest(data)}
+                        for file, data in files.items()
+                    ]
+                    return 200, json.dumps(tree).encode(), {}
+                case [_, _, "resolve", _, *file]:
+                    data = files["/".join(file)]
+                    return 200, data, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": COMMIT}
+            return 404, b"", {}
+
+        def log_message(self, *_): ...
+
+    return Handler
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+def start_loading(sources: list, home, endpoint: str, **environment: str) -> subprocess.Popen:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING")) and "PROXY" not in name.upper()
+    }
+    hub = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", LOAD, json.dumps(sources)],
+        env=kept | hub | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcomes(process: subprocess.Popen, sources: list) -> dict[str, list[str]]:
+    """Source -> ["loaded", the model's repr] or [the error's name, its sentence]."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    lines = map(json.loads, out.splitlines())
+    names = [f"{source}@{revision}" if revision else source for source, revision in sources]
+    return dict(zip(names, lines, strict=True))
+
+
+ONLINE = [["tiny/model", None], ["tiny/model", "no-such-revision"], ["too/many/parts", None]]
+ONLINE += [[repo, None] for repo in REFUSING]
+LATER = [["tiny/model", None], ["tiny/never-seen", None]]
+
+
+@pytest.fixture(scope="module")
+def visit(checkpoint, tmp_path_factory):
+    """Every source loaded once with the Hub there, then again with it gone, then offline."""
+    folder, _ = checkpoint("llama: grouped heads")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {"chat_template.jinja": b"{{ messages[0].content }}"}
+    files |= dict.fromkeys(NOT_NEEDED, b"something else")
+    log = []
+    home = tmp_path_factory.mktemp("hub")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(files, log))
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        there = start_loading(ONLINE, home, endpoint, HF_TOKEN="hf_secret")
+        there = outcomes(there, ONLINE)
+    finally:
+        server.shutdown()
+        server.server_close()
+    gone = start_loading(LATER, home, endpoint)
+    offline = start_loading(LATER, home, endpoint, HF_HUB_OFFLINE="1")
+    return {
+        "there": there,
+        "gone": outcomes(gone, LATER),
+        "offline": outcomes(offline, LATER),
+        "log": log,
+        "home": home,
+    }
+
+
+def test_a_model_is_loaded_by_its_id(visit):
+    assert visit["there"]["tiny/model"] == [
+        "loaded",
+        "<tiny/model: llama, 4 layers of width 48, float32>",
+    ]
+
+
+def test_only_the_needed_files_are_downloaded(visit):
+    paths = [path for _, path, _ in visit["log"] if path.startswith("/tiny/model/resolve/")]
+    assert {path.split(f"/{COMMIT}/")[1] for path in paths} == NEEDED
+    (snapshot,) = visit["home"].glob("hub/models--tiny--model/snapshots/*")
+    assert {path.name for path in snapshot.rglob("*")} == NEEDED
+
+
+def test_a_token_is_sent_as_the_hub_wants_it(visit):
+    assert {authorization for _, _, authorization in visit["log"]} == {"Bearer hf_secret"}
+
+
+@pytest.mark.parametrize("hub", ["gone", "offline"])
+def test_the_second_load_needs_no_hub(visit, hub):
+    assert visit[hub]["tiny/model"] == visit["there"]["tiny/model"]
+
+
+@pytest.mark.parametrize("hub", ["gone", "offline"])
+def test_without_a_hub_what_was_never_loaded_is_missed(visit, hub):
+    error, sentence = visit[hub]["tiny/never-seen"]
+    assert error == "ConnectionError"
+    assert sentence.startswith(
+        "tiny/never-seen is not in the Hub's cache here, or not all of it, and the Hub cannot be "
+        "reached; connect, or pass the folder of a model ("
+    )
+
+
+SAID = {
+    "tiny/gated": (
+        "PermissionError",
+        "tiny/gated is gated: accept its terms at https://huggingface.co/tiny/gated, then set "
+        "HF_TOKEN to a token of that account or run `hf auth login`",
+    ),
+    "tiny/unknown": (
+        "FileNotFoundError",
+        "there is no folder tiny/unknown, and the Hugging Face Hub has no model of that name "
+        "(where it is private, set HF_TOKEN to a token that may read it)",
+    ),
+    "tiny/forbidden": (
+        "PermissionError",
+        "the Hub refuses tiny/forbidden to you (HTTP 403): check the token in HF_TOKEN or log in "
+        "anew with `hf auth login`",
+    ),
+    "tiny/broken": (
+        "ConnectionError",
+        "tiny/broken is not in the Hub's cache here, or not all of it, and the Hub cannot be "
+        "reached; connect, or pass the folder of a model (500)",
+    ),
+    "tiny/model@no-such-revision": (
+        "FileNotFoundError",
+        "tiny/model has no revision 'no-such-revision' on the Hub",
+    ),
+    "too/many/parts": (
+        "FileNotFoundError",
+        "there is no folder too/many/parts, and it is no Hugging Face Hub id (owner/name) either",
+    ),
+}
+ALIKE = {
+    "tiny/gated-wholly": "tiny/gated",
+    "tiny/bad-token": "tiny/forbidden",
+    "tiny/disabled": "tiny/forbidden",
+}
+
+
+@pytest.mark.parametrize("source", [*SAID, *ALIKE])
+def test_what_is_wrong_is_said_in_one_sentence(visit, source):
+    like = ALIKE.get(source, source)
+    error, sentence = SAID[like]
+    sentence = sentence.replace(like, source).replace("403", "401" if "token" in source else "403")
+    assert visit["there"][source] == [error, sentence]
+
+
+ERRORS = {
+    "the disk is full": (OSError(errno.ENOSPC, "No space left"), OSError, "No space left"),
+    "the cache is another's": (PermissionError(errno.EACCES, "No"), PermissionError, "No$"),
+    "a proxy is wrong": (HTTPError("proxy"), ConnectionError, r"cannot be reached; .*\(HTTPErr"),
+    "the line is cut": (
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        ConnectionError,
+        r"cannot be reached; connect, or pass the folder of a model \(ConnectionResetError\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_the_disk_is_not_taken_for_the_network(what, monkeypatch):
+    happened, error, sentence = ERRORS[what]
+
+    def fail(*_, **__):
+        raise happened
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(error, match=sentence):
+        fetch("tiny/model")
+
+
+def test_a_folder_has_no_revisions(checkpoint):
+    folder, _ = checkpoint("llama: grouped heads")
+    with pytest.raises(ValueError, match=r"revision='main' is for Hub ids; .* is a folder"):
+        ts.load(folder, revision="main")
+
+
+def test_a_path_that_is_not_there_is_not_sought_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere, and it is no Hug"):
+        ts.load(tmp_path / "nowhere")
