@@ -26,7 +26,7 @@ from tinysteer.tokenizer import pad
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from oracle import hooked
 
-N_TOKENS, ROUNDS = 32, 5
+N_TOKENS, ROUNDS = 32, 9
 PROMPTS = [
     f"Tell me something about {topic} that most people do not know."
     for topic in ("rivers", "bread", "the moon", "bees", "glass", "salt", "bridges", "winter")

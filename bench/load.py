@@ -85,19 +85,12 @@ def write_checkpoint(folder: Path, n_files: int) -> Path:
     return folder
 
 
-def import_seconds(module: str) -> float:
-    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-    return float(subprocess.check_output([sys.executable, "-c", code]))
-
-
 def importing() -> None:
-    torch_, ours = [], []
-    for _ in range(7):  # A B A B: neighbours on the machine hit both alike
-        torch_.append(import_seconds("torch"))
-        ours.append(import_seconds("torch, tinysteer"))
-    medians = statistics.median(torch_), statistics.median(ours)
-    row = [f"{medians[0]:.2f}", f"{medians[1]:.2f}", f"{medians[1] - medians[0]:.2f}"]
-    print(table(["import torch, s", "and tinysteer, s", "difference, s"], [row]), end="\n\n")
+    code = "import torch, time; t = time.perf_counter(); import tinysteer; "
+    command = [sys.executable, "-c", code + "print(time.perf_counter() - t)"]
+    seconds = [float(subprocess.check_output(command)) for _ in range(9)]
+    row = [f"{statistics.median(seconds):.3f}", f"{max(seconds):.3f}"]
+    print(table(["import tinysteer after torch, s: median of 9", "most"], [row]), end="\n\n")
 
 
 def loading(folders: list[Path]) -> None:

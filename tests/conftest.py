@@ -61,6 +61,6 @@ def real_pair(request):
 
     folder = real_folder(request.param)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.set_num_threads(int(os.environ.get("T", 2)))
+    torch.set_num_threads(os.cpu_count() or 1)
     yield ts.load(folder, dtype="float32"), theirs.eval()
     torch.set_num_threads(1)

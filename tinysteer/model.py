@@ -167,7 +167,8 @@ class Attention(nn.Module):
         self.attend = partial(attend_capped, cap=cap) if cap else attend
 
     def forward(self, x: Tensor, view: View, cache: Cache) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x))
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (y.view(heads).transpose(1, 2) for y in self.qkv(x))
         q = rotate(self.q_norm(q), view.cos, view.sin)
         k = rotate(self.k_norm(k), view.cos, view.sin)
         k, v = cache.append(self.layer, k, v)

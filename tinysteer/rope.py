@@ -33,15 +33,18 @@ class Rope:
                 )
 
     def tables(self, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """cos and sin of positions 0 .. length - 1, each (length, R) float32.
+        """cos and signed sin of positions 0 .. length - 1, each (length, R) float32.
+
+        The first half of sin is negated, which is half of a rotation's work: see `rotate`.
 
         LongRoPE has two sets of frequencies and picks one by length. transformers may switch in
         the middle of a generation, which keys already in a cache cannot follow; here `length`,
         prompt and new tokens together, decides once.
         """
         angles = torch.outer(torch.arange(length).float(), SCHEMES[self.scheme](self, length))
-        angles = torch.cat((angles, angles), dim=-1).to(device)
-        return angles.cos() * self.table_scale, angles.sin() * self.table_scale
+        cos, sin = angles.to(device).cos(), angles.to(device).sin()
+        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return tables[0] * self.table_scale, tables[1] * self.table_scale
 
 
 def default(rope: Rope, length: int) -> Tensor:
@@ -72,9 +75,11 @@ SCHEMES = {"default": default, "linear": linear, "llama3": llama3, "longrope": l
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, head_dim); cos, sin (B, 1, T, R) -> x, its first R dimensions turned."""
+    """x (B, H, T, head_dim); cos, sin (B, 1, T, R) from `tables` -> x, R dimensions turned.
+
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
     R = cos.shape[-1]
-    turned, rest = x[..., :R], x[..., R:]
-    a, b = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1)
+    turned = x[..., :R]
+    turned = turned * cos + turned.roll(R // 2, dims=-1) * sin
+    return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), dim=-1)

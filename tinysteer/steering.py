@@ -32,7 +32,7 @@ class Edit:
     """A move along one direction at one layer. Made by the verbs of a `Direction`."""
 
     layer: int
-    direction: Tensor  # (D,) float32, unit length
+    direction: Tensor = field(repr=False)  # (D,) float32, unit length
     move: kernels.Edit  # d = clip(bias - slope <h, u>, low, high), and where
 
     def __post_init__(self):
@@ -68,7 +68,7 @@ class Direction:
     """
 
     layer: int
-    direction: Tensor  # (D,) float32, unit length
+    direction: Tensor = field(repr=False)  # (D,) float32, unit length
     norm: float  # of the mean difference
     target: float  # mean projection of the states with the instruction
     baseline: float  # and of those without it
