@@ -105,7 +105,7 @@ def main() -> None:
         "both": complete(asked, concise.add()),
         "a random direction": complete(PROMPTS, random_like(concise).add()),
     }
-    rows = [[name, *(f"{words(t):.1f}" for t in (t, t[12:]))] for name, t in ways.items()]
+    rows = [[name, *(f"{words(part):.1f}" for part in (t, t[12:]))] for name, t in ways.items()]
     print(table(["concise, mean words", "24 prompts", "the second 12"], rows), end="\n\n")
 
     as_json = extract(model, "json").at(17)
