@@ -45,7 +45,7 @@ def edits_for(model) -> list:
 @torch.inference_mode()
 def run_ours(ours, ids, edits):
     rows = [TextStream(ours.tokenizer.decode, N_TOKENS) for _ in ids]
-    steer = seam(per_row(edits, len(ids)), ours.config.n_layers, ours.config.dim)
+    steer = seam(per_row(edits, len(ids)))
     for _ in generation.decode(ours.decoder, ids, rows, steer):
         pass
     return [row.ids for row in rows]

@@ -30,7 +30,7 @@ def answers(model, prompts, steer=None, n_tokens=N_TOKENS) -> list[list[int]]:
     """Greedy token ids of one batch, stop ids left out."""
     rows = [TextStream(model.tokenizer.decode, n_tokens, model.tokenizer.stop_ids) for _ in prompts]
     ids = [model.tokenizer.chat(prompt) for prompt in prompts]
-    edits = seam(per_row(steer, len(prompts)), model.config.n_layers, model.config.dim)
+    edits = seam(per_row(steer, len(prompts)))
     for _ in generation.decode(model.decoder, ids, rows, edits):
         pass
     return [row.ids for row in rows]

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from tinysteer import generation
 from tinysteer.config import Config
-from tinysteer.model import CHUNK, Cache, Decoder, Recorder, Seam
+from tinysteer.model import CHUNK, Cache, Decoder, Recorder
 from tinysteer.sampling import Sampler, greedy
-from tinysteer.steering import Edit, Steer, per_row, seam
+from tinysteer.steering import Edit, Steer, check_fit, per_row, seam
 from tinysteer.streaming import TextStream
 from tinysteer.tokenizer import Prompt, Tokenizer
 
@@ -71,8 +71,7 @@ class LanguageModel:
         options = generation.Options(**options)
         encode = self.tokenizer.chat if options.chat else self.tokenizer.encode
         ids = [encode(prompt) for prompt in prompts]
-        edits = per_row(steer, len(ids))
-        self._seam(edits)  # refuses now what does not fit
+        edits = self._edits(steer, len(ids))
         limits = options.per_prompt("max_new_tokens", len(ids))
         seeds = options.per_prompt("seed", len(ids))
         generation.check_lengths(ids, limits, self.config.context_length)
@@ -99,7 +98,7 @@ class LanguageModel:
                 TextStream(self.tokenizer.decode, limits[i], self.tokenizer.stop_ids, stop)
                 for i in batch
             ]
-            steer = self._seam([edits[i] for i in batch])
+            steer = seam([edits[i] for i in batch], self.device)
             pieces = generation.decode(self.decoder, [ids[i] for i in batch], rows, steer, pick)
             for row, piece in pieces:
                 yield batch[row], piece
@@ -157,8 +156,10 @@ class LanguageModel:
         if start.shape != (B,) or not 0 <= int(start.min()) <= int(start.max()) < T:
             raise ValueError(f"start must be ({B},) columns from 0 to {T - 1}, not {start}")
         cache = Cache(self.decoder, start, T if prompt_length is None else prompt_length, T)
-        edits = per_row(steer, B)
-        return tokens.to(self.device).split(CHUNK, dim=1), cache, self._seam(edits)
+        steer = seam(self._edits(steer, B), self.device)
+        return tokens.to(self.device).split(CHUNK, dim=1), cache, steer
 
-    def _seam(self, edits: list[list[Edit]]) -> Seam:
-        return seam(edits, self.config.n_layers, self.config.dim, self.device)
+    def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:
+        rows = per_row(steer, n_rows)
+        check_fit(rows, self.config.n_layers, self.config.dim)
+        return rows

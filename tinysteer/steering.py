@@ -205,7 +205,10 @@ Steer = Sequence[Edit] | Sequence[Sequence[Edit]] | Edit | None
 
 
 def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
-    """What `steer=` accepts, one list a row: None, an edit, a list for all rows, or one a row."""
+    """What `steer=` accepts, one list a row: None, an edit, a list for all rows, or one a row.
+
+    ValueError for anything else.
+    """
     if steer is None:
         return [[]] * n_rows
     steer = [steer] if isinstance(steer, Edit) else list(steer)
@@ -221,19 +224,23 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
     return [list(row) for row in steer]
 
 
+def check_fit(rows: Sequence[Sequence[Edit]], n_layers: int, dim: int) -> None:
+    """ValueError for an edit at a layer, or of a width, that the model does not have."""
+    for edit in (edit for row in rows for edit in row):
+        if not 0 <= edit.layer < n_layers:
+            raise ValueError(f"layer {edit.layer}: this model has layers 0 to {n_layers - 1}")
+        if edit.direction.shape != (dim,):
+            raise ValueError(
+                f"the vector is {edit.direction.shape[-1]} wide, this model {dim}: "
+                "it was made for another model"
+            )
+
+
 class Steering:
     """The edits of a batch, ready to be a decoder's seam."""
 
-    def __init__(self, rows: Sequence[Sequence[Edit]], n_layers: int, dim: int, device="cpu"):
+    def __init__(self, rows: Sequence[Sequence[Edit]], device: torch.device | str = "cpu"):
         edits = [edit for row in rows for edit in row]
-        for edit in edits:
-            if not 0 <= edit.layer < n_layers:
-                raise ValueError(f"layer {edit.layer}: this model has layers 0 to {n_layers - 1}")
-            if edit.direction.shape != (dim,):
-                raise ValueError(
-                    f"the vector is {edit.direction.shape[-1]} wide, this model {dim}: "
-                    "it was made for another model"
-                )
         unique = {id(edit.direction): edit.direction for edit in edits}
         index = {key: i for i, key in enumerate(unique)}
         self.bank = torch.stack([u.float() for u in unique.values()]).to(device)
@@ -251,6 +258,6 @@ class Steering:
         return kernels.steer(x, self.bank, self.tables[layer], position)
 
 
-def seam(rows: Sequence[Sequence[Edit]], n_layers: int, dim: int, device="cpu") -> Seam:
+def seam(rows: Sequence[Sequence[Edit]], device: torch.device | str = "cpu") -> Seam:
     """One list of edits a row -> what a decoder takes as `steer`."""
-    return Steering(rows, n_layers, dim, device) if any(rows) else unsteered
+    return Steering(rows, device) if any(rows) else unsteered
