@@ -56,6 +56,20 @@ def test_one_file_equals_shards(checkpoint, tmp_path):
     assert torch.equal(ts.load(whole).logits(TOKENS), ts.load(shards).logits(TOKENS))
 
 
+def test_the_text_part_of_a_multimodal_model_goes_by_either_of_its_names(checkpoint, tmp_path):
+    source, theirs = checkpoint("gemma3: text part of a multimodal model")
+    folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    outside, inside = "language_model.model.", "model.language_model."
+    for old, new in ((inside, outside), (outside, inside)):
+        rewrite(
+            folder, lambda tensors, o=old, n=new: {k.replace(o, n): t for k, t in tensors.items()}
+        )
+        assert f"{new}embed_tokens.weight" in load_file(folder / "model.safetensors")
+        assert (ts.load(folder).logits(TOKENS) - expected).abs().max() < 2e-4
+
+
 def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(folder):
     exact = ts.load(folder)
     assert exact.dtype == torch.float32

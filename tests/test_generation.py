@@ -193,6 +193,11 @@ def test_draws_are_as_frequent_as_they_are_likely():
     assert ((counts - expected).abs() < 5 * expected.sqrt()).all()
 
 
+def test_a_draw_at_the_very_end_is_still_a_token_that_is_left(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1.0, dtype=torch.float64))
+    assert int(Sampler([0], top_k=2)(LOGITS)[0]) == 1
+
+
 def test_sampling_settings_equal_those_of_transformers():
     """top_k, then top_p of what is left, then min_p, as transformers' logits processors."""
     from transformers.generation import logits_process as theirs

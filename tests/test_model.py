@@ -157,6 +157,22 @@ def test_half_precision_is_as_near_to_float32_as_transformers(variant, checkpoin
     assert (half - exact).std() < 1.25 * (reference - exact).std()
 
 
+@pytest.mark.parametrize("variant", ["llama: grouped heads", "gemma2", "gemma3_text"])
+@torch.no_grad()
+def test_norms_and_embeddings_round_where_transformers_rounds(variant, checkpoint):
+    """In bfloat16, bit by bit, with blocks that add nothing."""
+    folder, theirs = checkpoint(variant)
+    ours = ts.load(folder, dtype="bfloat16")
+    theirs = type(theirs).from_pretrained(folder, dtype=torch.bfloat16)
+    for name, parameter in [*ours.decoder.named_parameters(), *theirs.named_parameters()]:
+        if any(part in name for part in ("attn.out", "mlp.down", "o_proj", "down_proj")):
+            parameter.zero_()
+    states = theirs(some_tokens(), output_hidden_states=True).hidden_states
+    residuals = ours.residuals(some_tokens())
+    assert torch.equal(residuals[-1], states[0])
+    assert torch.equal(ours.decoder.norm(residuals[-1]), states[-1])
+
+
 def test_a_row_of_padding_never_becomes_nan(checkpoint):
     ours = ts.load(checkpoint("gemma2")[0])
     residuals = ours.residuals(some_tokens(), start=torch.tensor([T - 1, 0]))
