@@ -336,3 +336,9 @@ def test_a_multimodal_checkpoint_keeps_its_vision_to_itself(checkpoint):
         assert any("vision_tower" in name for name in file.keys())  # noqa: SIM118 (it is no dict)
     names = [name for name, _ in ts.load(folder).decoder.named_parameters()]
     assert not any("vision" in name for name in names)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(device, folder):
+    with pytest.raises(ValueError, match=f"torch has no device '{device}' here"):
+        ts.load(folder, device=device)

@@ -117,6 +117,9 @@ MISTAKES = {  # one sentence on stderr, exit code 1; {pairs}, {v} and {model} ar
     "a weight that is NaN": (["generate", "{model}", "x", "--steer", "{v}@1:add=nan"], "finite"),
     "pairs are not there": (["extract", "{model}", "none.jsonl", "-o", "v"], "no file none.jsonl"),
     "no folder to write to": (["extract", "{model}", "{pairs}", "-o", "no/v"], "no folder"),
+    "a folder to write to": (["extract", "{model}", "{pairs}", "-o", "."], ". is a folder"),
+    "too much of the best": (["generate", "m", "x", "--top-p", "0.5"], "top_p changes nothing"),
+    "unknown device": (["generate", "{model}", "x", "--device", "gpu"], "no device 'gpu'"),
     "unknown dtype": (["generate", "{model}", "x", "--dtype", "int3"], "int3 is not supported"),
     "too long": (["generate", "{model}", "x", "--max-new-tokens", "999"], "context of 128"),
     "inspect neither": (["inspect", "./nowhere"], "there is no folder ./nowhere"),
@@ -133,6 +136,29 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_1(name, folder, vector, p
     assert said.err.startswith("tinysteer: ")
     assert said.err.count("\n") == 1
     assert sentence in said.err
+
+
+def test_empty_stdin_is_a_mistake(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["generate", folder, "-"]) == 1
+    assert "no prompts" in capsys.readouterr().err
+
+
+def test_pairs_may_hold_any_character_and_begin_with_a_mark(folder, tmp_path):
+    path, text = tmp_path / "pairs.jsonl", '{"with": "a\u2028b", "without": "a"}\r\n'
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    assert main(["extract", folder, str(path), "-o", str(tmp_path / "v.safetensors")]) == 0
+
+
+def test_a_vector_of_another_model_is_refused_before_weights_are_read(
+    vector, checkpoint, tmp_path, capsys
+):
+    import shutil
+
+    wider = shutil.copytree(checkpoint("phi3: partial rotary, tied (4-mini)")[0], tmp_path / "m")
+    (wider / "model.safetensors").unlink()
+    assert main(["generate", str(wider), "x", "--steer", f"{vector}@1:add"]) == 1
+    assert "the vector is 48 wide, this model 64" in capsys.readouterr().err
 
 
 BAD_LINES = {

@@ -77,6 +77,10 @@ def test_the_vector_says_where_it_came_from(model):
 def test_pairs_that_are_none_are_refused(model):
     with pytest.raises(ValueError, match="5 with_instruction and 4 without"):
         ts.extract(model, WITH, BASES[:4])
+    with pytest.raises(ValueError, match="same as those without"):
+        ts.extract(model, BASES, BASES)
+    with pytest.raises(ValueError, match="batch_size is -1"):
+        ts.extract(model, WITH, BASES, batch_size=-1)
     with pytest.raises(ValueError, match="at least one prompt"):
         ts.extract(model, [], [])
     with pytest.raises(ValueError, match="must be a list"):

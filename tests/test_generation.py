@@ -123,10 +123,17 @@ def test_an_error_comes_at_the_call_and_not_at_the_first_piece(model):
 REFUSED = {
     "temperature is -1": {"temperature": -1},
     "temperature is nan": {"temperature": float("nan")},
-    "top_k is 0": {"top_k": 0},
-    "top_p is 1.5": {"top_p": 1.5},
-    "min_p is -0.1": {"min_p": -0.1},
+    "temperature is 'hot'": {"temperature": "hot"},
+    "top_k is 0": {"top_k": 0, "temperature": 1},
+    "top_k is 2.5": {"top_k": 2.5, "temperature": 1},
+    "top_p is 1.5": {"top_p": 1.5, "temperature": 1},
+    "min_p is -0.1": {"min_p": -0.1, "temperature": 1},
+    "top_k changes nothing at temperature 0": {"top_k": 5},
     "batch_size is 0": {"batch_size": 0},
+    "max_new_tokens is '20' for prompt 0": {"max_new_tokens": "20"},
+    "max_new_tokens is None for prompt 0": {"max_new_tokens": None},
+    "seed is 9223372036854775808": {"seed": 2**63},
+    "stop is None": {"stop": None},
     "max_new_tokens is -1": {"max_new_tokens": -1},
     "max_new_tokens has 2 values for 4 prompts": {"max_new_tokens": [1, 2]},
     "seed has 1 values for 4 prompts": {"seed": [1]},
@@ -138,6 +145,28 @@ REFUSED = {
 def test_options_out_of_range_are_refused_by_name(message, model):
     with pytest.raises(ValueError, match=message):
         complete(model, **REFUSED[message])
+
+
+NO_PROMPTS = {
+    "a conversation that is no list": {"role": "user", "content": "hi"},
+    "a number": 5,
+    "numbers": [5],
+    "nothing": [None],
+    "bytes": b"hi",
+    "a conversation without messages": [[]],
+    "words for messages": [["hi", "there"]],
+}
+
+
+@pytest.mark.parametrize("name", NO_PROMPTS)
+def test_what_is_no_prompt_is_refused(name, model):
+    with pytest.raises(ValueError, match="prompt"):
+        model.complete(NO_PROMPTS[name])
+
+
+def test_a_conversation_cannot_go_without_its_template(model):
+    with pytest.raises(ValueError, match="leave out chat=False"):
+        complete(model, [[{"role": "user", "content": "hi"}]])
 
 
 def test_an_unknown_option_is_refused_by_name(model):
@@ -155,7 +184,14 @@ TOKENS = {
     "integers": torch.zeros(1, 3),
     r"\(B, T\)": torch.zeros(3, dtype=torch.long),
     "ids from 0 to 299": torch.tensor([[1, 300]]),
+    "not list": [[1, 2]],
 }
+
+
+@pytest.mark.parametrize("prompt_length", [0, 3, -1])
+def test_a_prompt_is_no_longer_than_its_tokens(prompt_length, model):
+    with pytest.raises(ValueError, match=f"prompt_length is {prompt_length}"):
+        model.logits(torch.tensor([[1, 2]]), prompt_length=prompt_length)
 
 
 @pytest.mark.parametrize("message", TOKENS)

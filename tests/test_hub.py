@@ -189,8 +189,8 @@ def test_without_a_hub_what_was_never_loaded_is_missed(visit, hub):
     error, sentence = visit[hub]["tiny/never-seen"]
     assert error == "ConnectionError"
     assert sentence.startswith(
-        "tiny/never-seen is not in the Hub's cache here, or not all of it, and the Hub cannot be "
-        "reached; connect, or pass the folder of a model ("
+        "there is no folder tiny/never-seen, the Hub's cache here does not hold all of that model, "
+        "and the Hub cannot be reached: connect, or pass the folder of a model ("
     )
 
 
@@ -212,8 +212,8 @@ SAID = {
     ),
     "tiny/broken": (
         "ConnectionError",
-        "tiny/broken is not in the Hub's cache here, or not all of it, and the Hub cannot be "
-        "reached; connect, or pass the folder of a model (500)",
+        "there is no folder tiny/broken, the Hub's cache here does not hold all of that model, "
+        "and the Hub cannot be reached: connect, or pass the folder of a model (500)",
     ),
     "tiny/model@no-such-revision": (
         "FileNotFoundError",
@@ -242,7 +242,7 @@ def test_what_is_wrong_is_said_in_one_sentence(visit, source):
 ERRORS = {
     "the disk is full": (OSError(errno.ENOSPC, "No space left"), OSError, "No space left"),
     "the cache is another's": (PermissionError(errno.EACCES, "No"), PermissionError, "No$"),
-    "a proxy is wrong": (HTTPError("proxy"), ConnectionError, r"cannot be reached; .*\(HTTPErr"),
+    "a proxy is wrong": (HTTPError("proxy"), ConnectionError, r"cannot be reached: .*\(HTTPErr"),
     "the line is cut": (
         ConnectionResetError(errno.ECONNRESET, "reset"),
         ConnectionError,

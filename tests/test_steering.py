@@ -247,7 +247,7 @@ def test_a_layer_where_nothing_differs_has_no_direction():
     assert vector.at(0).norm == pytest.approx(8**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("where", ["everywhere", (3, 3), (5, 2), (1, 2, 3), None])
+@pytest.mark.parametrize("where", ["everywhere", (3, 3), (5, 2), (1, 2, 3), (0.5, 3), None])
 def test_a_window_that_makes_no_sense_is_refused(where):
     with pytest.raises(ValueError, match="where="):
         window(where)
@@ -261,8 +261,38 @@ def test_steer_takes_a_list_or_one_list_a_prompt(vector):
     assert per_row([[edit], []], 2) == [[edit], []]
     with pytest.raises(ValueError, match="2 lists of edits for 3 prompts"):
         per_row([[edit], []], 3)
-    with pytest.raises(ValueError, match="one such list a prompt"):
+    with pytest.raises(ValueError, match="edits and lists of edits"):
         per_row([edit, [edit]], 2)
-    for forgot_verb in ([vector], [vector.at(1)]):
+    for forgot_verb in (vector, vector.at(1), [vector], [[vector.at(1)]]):
         with pytest.raises(ValueError, match="pick a layer and a verb"):
             per_row(forgot_verb, 1)
+    for no_edit, seen in (({}, "dict"), ([{}], "dict"), ([vector.at(1).add], "add"), ("v", "str")):
+        with pytest.raises(ValueError, match=f"one such list a prompt, not .*{seen}"):
+            per_row(no_edit, 1)
+
+
+def test_a_layer_may_be_any_whole_number(model, vector):
+    edit = vector.at(vector.norms.argmax())
+    assert type(edit.layer) is int
+    assert edit.layer == int(vector.norms.argmax())
+    for layer in (1.0, "1"):
+        with pytest.raises(TypeError):
+            vector.at(layer)
+
+
+def test_an_edit_says_what_it_does(vector):
+    v = vector.at(1)
+    assert repr(v.add(20)) == "<Edit at layer 1: bias=20>"
+    assert repr(v.at_least(target=3, where="prompt")) == (
+        "<Edit at layer 1: bias=3, slope=1, low=0, last=-1>"
+    )
+    assert repr(v.add(0)) == "<Edit at layer 1: nothing>"
+
+
+def test_other_readers_of_safetensors_can_read_a_vector(vector, tmp_path):
+    from safetensors.torch import load_file
+
+    vector.save(tmp_path / "v.safetensors")
+    tensors = load_file(tmp_path / "v.safetensors")
+    assert torch.equal(tensors["directions"], vector.directions)
+    assert set(tensors) == {"directions", "norms", "targets", "baselines"}

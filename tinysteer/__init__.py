@@ -6,6 +6,12 @@ residual stream (Stolfo et al., ICLR 2025).
     model.complete(prompts, steer=[vector.at(15).add()])
 """
 
+import warnings
+
+with warnings.catch_warnings():  # torch warns where numpy is missing; nothing here needs it
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch  # noqa: F401
+
 from tinysteer.checkpoint import load
 from tinysteer.config import Config, Layer
 from tinysteer.extraction import MeanResiduals, extract, mean_residuals

@@ -34,7 +34,7 @@ def load(
     hold, FileNotFoundError, PermissionError and ConnectionError for getting them.
     """
     dtype = parse_dtype(dtype)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = parse_device(device)
     folder = fetch(source, revision)
     config = load_config(folder)
     tokenizer = Tokenizer.load(folder)
@@ -51,6 +51,17 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"dtype {dtype} is not supported; those that are: {known}")
     return dtype
+
+
+def parse_device(device: torch.device | str | None) -> torch.device:
+    """A device that is there, by default the GPU or else the CPU; ValueError for another."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"torch has no device {str(device)!r} here; pass device='cpu'") from None
+    return torch.device(device)
 
 
 def load_config(folder: Path) -> Config:

@@ -14,9 +14,10 @@ import torch
 
 from tinysteer.checkpoint import load, load_config
 from tinysteer.extraction import extract
+from tinysteer.generation import Options
 from tinysteer.hub import fetch
 from tinysteer.model import Decoder
-from tinysteer.steering import VERBS, WINDOWS, Edit, SteeringVector
+from tinysteer.steering import VERBS, WINDOWS, Edit, SteeringVector, check_fit
 from tinysteer.tokenizer import Tokenizer
 from tinysteer.version import VERSION
 
@@ -79,15 +80,16 @@ def parser() -> argparse.ArgumentParser:
         type=parse_spec,
         default=[],
         help=f"{SPEC_FORM}; repeat for several edits, in order. VERB is one of {', '.join(VERBS)}; "
-        "NUMBER a weight for add, a share of the way for the next three; "
+        "NUMBER is the weight for add, the share of the way (1) for the next three; "
         f"WHERE one of {', '.join(WINDOWS)}",
     )
-    one.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    one.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="128")
     one.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    one.add_argument("--top-k", type=int)
-    one.add_argument("--top-p", type=float)
-    one.add_argument("--min-p", type=float)
-    one.add_argument("--seed", type=int)
+    one.add_argument("--top-k", type=int, help="draw from so many tokens, with a temperature")
+    one.add_argument("--top-p", type=float, help="from the fewest with this share, likewise")
+    one.add_argument("--min-p", type=float, help="from those this near the likeliest, likewise")
+    one.add_argument("--seed", type=int, help="of the draws")
+    one.add_argument("--batch-size", type=int, default=32, help="prompts run together (32)")
     one.add_argument("--stop", action="append", default=[], help="a string that ends the text")
     output = one.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print text as it comes")
@@ -132,7 +134,11 @@ def read_pairs(path: Path) -> tuple[list[str], list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -151,8 +157,10 @@ def read_pairs(path: Path) -> tuple[list[str], list[str]]:
 
 def run_extract(options: argparse.Namespace) -> None:
     with_instruction, without = read_pairs(Path(options.pairs))
-    if not (folder := Path(options.output).absolute().parent).is_dir():
-        raise FileNotFoundError(f"there is no folder {folder} for {options.output}")
+    output = Path(options.output).absolute()
+    if output.is_dir() or not output.parent.is_dir():
+        kind = "is a folder" if output.is_dir() else "lies in no folder"
+        raise FileNotFoundError(f"{options.output} {kind}: -o names the file to write")
     model = load(options.model, options.dtype, options.device, options.revision)
     settings = {"chat": not options.raw, "batch_size": options.batch_size}
     vector = extract(model, with_instruction, without, **settings)
@@ -162,12 +170,19 @@ def run_extract(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     steer = [make_edit(parts) for parts in options.steer]
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    settings = {name: getattr(options, name) for name in (*names, "batch_size")}
+    settings["chat"] = not options.raw
+    Options(**settings)  # refuses what is out of range before anything is loaded, as does:
+    if steer:
+        config = load_config(fetch(options.model, options.revision, weights=False))
+        check_fit([steer], config.n_layers, config.dim)
     prompts = options.prompts
     if prompts == ["-"]:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        if not prompts:
+            raise ValueError("there are no prompts on the standard input")
     model = load(options.model, options.dtype, options.device, options.revision)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
-    settings = {name: getattr(options, name) for name in names} | {"chat": not options.raw}
     heading = "\n> {}\n" if len(prompts) > 1 else ""
     if options.stream:
         for prompt in prompts:
@@ -191,7 +206,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 def inspect_file(path: str) -> str:
     vector = SteeringVector.load(path)
     lines = [f"{path}: steering vector, {vector.n_layers} layers of width {vector.dim}"]
-    lines += [f"  {name}: {value}" for name, value in vector.metadata.items()]
+    lines += [f"  {name}: {value}" for name, value in sorted(vector.metadata.items())]
     lines += ["", "  layer      norm    target  baseline"]
     for layer in range(vector.n_layers):
         row = (float(t[layer]) for t in (vector.norms, vector.targets, vector.baselines))

@@ -39,8 +39,9 @@ def mean_residuals(
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list with at least one prompt")
-    encode = model.tokenizer.chat if chat else model.tokenizer.encode
-    ids = [tuple(encode(prompt)) for prompt in prompts]
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+    ids = [tuple(model.tokenizer.ids(prompt, chat)) for prompt in prompts]
     check_lengths(ids, [0] * len(ids), model.config.context_length)
     counts = Counter(ids)
     distinct = sorted(counts, key=len)
@@ -103,6 +104,7 @@ def extract(
         "dtype": str(model.dtype).removeprefix("torch."),
         "tinysteer": VERSION,
     }
-    return SteeringVector.from_means(
-        means["with_instruction"].mean, means["without"].mean, metadata
-    )
+    means = means["with_instruction"].mean, means["without"].mean
+    if torch.equal(*means):
+        raise ValueError("the prompts with the instruction are the same as those without it")
+    return SteeringVector.from_means(*means, metadata)

@@ -1,5 +1,6 @@
 """Prompts in, text out: a batch decoded with a KV cache, steered, streamed row by row."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Options:
 
     max_new_tokens: int | Sequence[int] = 128  # one for all prompts, or one each
     temperature: float = 0.0  # 0: greedy
+    # The next three cut what is drawn from, and need a temperature above 0.
     top_k: int | None = None  # draw from that many of the likeliest tokens
     top_p: float | None = None  # from the fewest tokens that hold this share of probability
     min_p: float | None = None  # from tokens at least this fraction as likely as the likeliest
@@ -28,30 +30,41 @@ class Options:
     batch_size: int = 32  # prompts decoded together
 
     def __post_init__(self):
-        ranges = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
-            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-            "batch_size": (self.batch_size >= 1, "1 or more"),
-            "stop": ("" not in self.stop_strings, "strings that are not empty"),
+        number, whole = (int, float), int
+        ranges = {  # what it must be, its type, whether it is in range
+            "temperature": ("0 (greedy) or more", number, lambda t: t >= 0),
+            "top_k": ("1 or more", whole, lambda k: k >= 1),
+            "top_p": ("above 0 and at most 1", number, lambda p: 0 < p <= 1),
+            "min_p": ("from 0 to 1", number, lambda p: 0 <= p <= 1),
+            "batch_size": ("1 or more", whole, lambda n: n >= 1),
         }
-        for name, (fits, range_) in ranges.items():
-            if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+        for name, (words, kind, fits) in ranges.items():
+            value = getattr(self, name)
+            optional = value is None and name in ("top_k", "top_p", "min_p")
+            if not optional and not (isinstance(value, kind) and fits(value)):
+                raise ValueError(f"{name} is {value!r}; it must be {words}")
+            if value is not None and name in ("top_k", "top_p", "min_p") and not self.temperature:
+                raise ValueError(f"{name} changes nothing at temperature 0: set temperature too")
+        if not all(isinstance(s, str) and s for s in self.stop_strings):
+            raise ValueError(f"stop is {self.stop!r}; it must be strings that are not empty")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return tuple(self.stop) if isinstance(self.stop, list | tuple) else (self.stop,)
 
     def per_prompt(self, name: str, n_prompts: int) -> list:
         """`max_new_tokens` or `seed`, one value a prompt."""
         value = getattr(self, name)
-        if value is None or isinstance(value, int):
-            return [value] * n_prompts
-        if len(value) != n_prompts:
-            raise ValueError(f"{name} has {len(value)} values for {n_prompts} prompts")
-        return list(value)
+        values = list(value) if isinstance(value, list | tuple) else [value] * n_prompts
+        if len(values) != n_prompts:
+            raise ValueError(f"{name} has {len(values)} values for {n_prompts} prompts")
+        for i, value in enumerate(values):
+            absent = value is None and name == "seed"
+            if not absent and not (hasattr(value, "__index__") and 0 <= value < 2**63):
+                raise ValueError(
+                    f"{name} is {value!r} for prompt {i}; it must be a whole number, 0 or more"
+                )
+        return [value if value is None else operator.index(value) for value in values]
 
 
 def check_lengths(
@@ -61,8 +74,6 @@ def check_lengths(
     for i, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not ids:
             raise ValueError(f"prompt {i} is empty")
-        if limit < 0:
-            raise ValueError(f"max_new_tokens is {limit} for prompt {i}; it must be 0 or more")
         if len(ids) + limit > context_length:
             raise ValueError(
                 f"prompt {i} has {len(ids)} tokens and may get {limit} new ones: "

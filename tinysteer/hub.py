@@ -61,6 +61,7 @@ def explain(error: Exception, source: str | Path) -> Exception:
     if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
         return error  # the disk's own words: no space, no permission
     return ConnectionError(
-        f"{source} is not in the Hub's cache here, or not all of it, and the Hub cannot be "
-        f"reached; connect, or pass the folder of a model ({status or type(cause).__name__})"
+        f"there is no folder {source}, the Hub's cache here does not hold all of that model, and "
+        "the Hub cannot be reached: connect, or pass the folder of a model "
+        f"({status or type(cause).__name__})"
     )

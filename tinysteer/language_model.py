@@ -52,9 +52,10 @@ class LanguageModel:
         stop=(). ValueError, before anything is run, for a prompt that exceeds the context, for
         edits that do not fit this model and for options out of range.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        pieces = self.stream(prompts, steer, **options)
         texts = [""] * len(prompts)
-        for i, piece in self.stream(prompts, steer, **options):
+        for i, piece in pieces:
             texts[i] += piece
         return texts
 
@@ -68,9 +69,10 @@ class LanguageModel:
         """The same piece by piece: text for one string, (index, text) for a list of prompts."""
         if isinstance(prompts, str):
             return (piece for _, piece in self.stream([prompts], steer, **options))
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
         options = generation.Options(**options)
-        encode = self.tokenizer.chat if options.chat else self.tokenizer.encode
-        ids = [encode(prompt) for prompt in prompts]
+        ids = [self.tokenizer.ids(prompt, options.chat) for prompt in prompts]
         edits = self._edits(steer, len(ids))
         limits = options.per_prompt("max_new_tokens", len(ids))
         seeds = options.per_prompt("seed", len(ids))
@@ -141,6 +143,8 @@ class LanguageModel:
         return torch.stack([torch.cat(states, dim=1) for states in recorder.states])
 
     def _run(self, tokens, steer, start, prompt_length):
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens must be a tensor (B, T), not {type(tokens).__name__}")
         if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
             raise ValueError(
                 f"tokens must be integers (B, T), not {tokens.dtype} {tuple(tokens.shape)}"
@@ -155,7 +159,10 @@ class LanguageModel:
         start = torch.zeros(B, dtype=torch.long) if start is None else start
         if start.shape != (B,) or not 0 <= int(start.min()) <= int(start.max()) < T:
             raise ValueError(f"start must be ({B},) columns from 0 to {T - 1}, not {start}")
-        cache = Cache(self.decoder, start, T if prompt_length is None else prompt_length, T)
+        prompt_length = T if prompt_length is None else prompt_length
+        if not 1 <= prompt_length <= T:
+            raise ValueError(f"prompt_length is {prompt_length}; there are {T} columns of tokens")
+        cache = Cache(self.decoder, start, prompt_length, T)
         steer = seam(self._edits(steer, B), self.device)
         return tokens.to(self.device).split(CHUNK, dim=1), cache, steer
 

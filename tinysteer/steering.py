@@ -5,7 +5,10 @@ edits is what `steer=` takes. Layer L is the residual stream after block L, coun
 (transformers' hidden_states[L + 1]).
 """
 
+import json
 import math
+import operator
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +16,6 @@ from pathlib import Path
 import tinysteer_kernels as kernels
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tinysteer.model import Seam, unsteered
@@ -36,15 +38,21 @@ class Edit:
     move: kernels.Edit  # d = clip(bias - slope <h, u>, low, high), and where
 
     def __post_init__(self):
-        for name in ("bias", "slope"):
-            if not math.isfinite(value := getattr(self.move, name)):
-                raise ValueError(f"an edit's weight, alpha and target must be finite, not {value}")
+        for value in (self.move.bias, self.move.slope):
+            if not isinstance(value, float | int) or not math.isfinite(value):
+                raise ValueError(f"weight, alpha and target must be finite numbers, not {value!r}")
+
+    def __repr__(self) -> str:
+        defaults = kernels.Edit._field_defaults
+        move = (f"{k}={v:g}" for k, v in self.move._asdict().items() if v != defaults[k])
+        return f"<Edit at layer {self.layer}: {', '.join(move) or 'nothing'}>"
 
 
 def window(where: Where) -> dict[str, int]:
     """ "all", "prompt", "generation" or (first, stop) -> an edit's `first` and `last`."""
     bounds = WINDOWS.get(where) if isinstance(where, str) else where
-    if not isinstance(bounds, tuple) or len(bounds) != 2:
+    whole = isinstance(bounds, tuple) and all(b is None or isinstance(b, int) for b in bounds)
+    if not whole or len(bounds) != 2:
         raise ValueError(
             f"where={where!r}: use {', '.join(map(repr, WINDOWS))} or (first, stop), "
             "positions counted from the last prompt token, 0"
@@ -162,6 +170,7 @@ class SteeringVector:
 
     def at(self, layer: int) -> Direction:
         """The direction of one layer; negative layers count from the last."""
+        layer = operator.index(layer)
         if not -self.n_layers <= layer < self.n_layers:
             raise ValueError(f"layer {layer}: this vector has layers 0 to {self.n_layers - 1}")
         layer %= self.n_layers
@@ -179,11 +188,23 @@ class SteeringVector:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the four tensors, and the metadata as strings."""
+        """Write a safetensors file: the four tensors, and the metadata as strings.
+
+        Written here, since the library's own writer wants numpy, which nothing else here needs:
+        the header's length, the header in JSON, the numbers.
+        """
         if not (folder := Path(path).absolute().parent).is_dir():
             raise FileNotFoundError(f"there is no folder {folder} to save into")
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-        save_file(tensors, path, {**self.metadata, "format": FORMAT, "layers": CONVENTION})
+        header = {"__metadata__": {**self.metadata, "format": FORMAT, "layers": CONVENTION}}
+        data = b""
+        for name in TENSORS:
+            numbers = getattr(self, name).flatten().tolist()
+            begin, data = len(data), data + struct.pack(f"<{len(numbers)}f", *numbers)
+            shape = list(getattr(self, name).shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(data)]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
@@ -211,14 +232,20 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
     """
     if steer is None:
         return [[]] * n_rows
-    steer = [steer] if isinstance(steer, Edit) else list(steer)
+    steer = [steer] if isinstance(steer, Edit | Direction | SteeringVector) else steer
+    for row in steer if isinstance(steer, Sequence) else [steer]:
+        for edit in row if isinstance(row, Sequence) else [row]:
+            if isinstance(edit, Direction | SteeringVector):
+                raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add()")
+            if not isinstance(edit, Edit):
+                kind = getattr(edit, "__qualname__", type(edit).__name__)
+                raise ValueError(
+                    f"steer takes a list of edits, or one such list a prompt, not {kind}"
+                )
     if all(isinstance(edit, Edit) for edit in steer):
-        return [steer] * n_rows
-    for row in steer:
-        if isinstance(row, Direction | SteeringVector):
-            raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add(20)")
-        if not isinstance(row, Sequence) or not all(isinstance(edit, Edit) for edit in row):
-            raise ValueError(f"steer takes a list of edits, or one such list a prompt, not {row!r}")
+        return [list(steer)] * n_rows
+    if any(isinstance(edit, Edit) for edit in steer):
+        raise ValueError("steer has edits and lists of edits: give each prompt a list, or all one")
     if len(steer) != n_rows:
         raise ValueError(f"steer has {len(steer)} lists of edits for {n_rows} prompts")
     return [list(row) for row in steer]

@@ -96,11 +96,6 @@ class Tokenizer:
                 )
             return f"Q: {prompt}\nA:"
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError(
-                "a prompt is one string, or a conversation as a list of "
-                f'{{"role": ..., "content": ...}}, not {prompt!r}'
-            )
         variables = {"messages": list(map(dict, messages)), "add_generation_prompt": True}
         absent = {"tools": None, "documents": None}  # templates ask whether they are none
         return render(self.template, self.special | absent | variables)
@@ -108,6 +103,20 @@ class Tokenizer:
     def chat(self, prompt: Prompt) -> list[int]:
         """Ids of a formatted prompt, whose template may bring a BOS of its own or not."""
         return self.encode(self.format(prompt))
+
+    def ids(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Ids of a prompt, formatted, or with chat=False as it is. ValueError for no prompt."""
+        if isinstance(prompt, str):
+            return self.chat(prompt) if chat else self.encode(prompt)
+        messages = prompt if isinstance(prompt, Sequence) else ()
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError(
+                "a prompt is one string, or a conversation as a list of "
+                f'{{"role": ..., "content": ...}}, not {prompt!r}'
+            )
+        if not chat:
+            raise ValueError("a conversation needs the chat template: leave out chat=False")
+        return self.chat(prompt)
 
 
 def pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
