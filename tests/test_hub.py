@@ -246,7 +246,7 @@ ERRORS = {
     "the line is cut": (
         ConnectionResetError(errno.ECONNRESET, "reset"),
         ConnectionError,
-        r"cannot be reached; connect, or pass the folder of a model \(ConnectionResetError\)",
+        r"cannot be reached: connect, or pass the folder of a model \(ConnectionResetError\)",
     ),
 }
 

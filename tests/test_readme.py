@@ -22,9 +22,6 @@ def test_the_python_examples_run_and_steer(monkeypatch, tmp_path):
     exec(FIRST.replace(MODEL, str(folder)), scope)
     assert 0 < len(scope["steered"].split()) < len(scope["plain"].split()) / 2
     monkeypatch.chdir(tmp_path)
-    import torch
-
-    scope |= {"prompts": ["Hello"] * 4, "tokens": torch.tensor([[1, 2, 3]])}
     exec(SECOND, scope)
     assert (tmp_path / "concise.safetensors").exists()
 
