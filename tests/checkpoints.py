@@ -120,6 +120,7 @@ def make_model(variant: str) -> transformers.PreTrainedModel:
     config = getattr(transformers, config_class)(**sizes | settings)
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(config).eval()
+    model.set_attn_implementation("eager")  # some versions' sdpa drops Gemma 2's soft-cap
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.5 if "norm" in name or "embed" in name else 2 * parameter.shape[-1] ** -0.5

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the oracles run on the CPU: so do we
+
 import pytest
 import torch
 from checkpoints import VARIANTS, make_checkpoint
@@ -60,7 +62,9 @@ def real_pair(request):
     from transformers import AutoModelForCausalLM
 
     folder = real_folder(request.param)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     torch.set_num_threads(os.cpu_count() or 1)
     yield ts.load(folder, dtype="float32"), theirs.eval()
     torch.set_num_threads(1)

@@ -73,6 +73,27 @@ def test_streaming_prints_the_same_text(folder, capsys):
     assert capsys.readouterr().out == whole
 
 
+def test_every_option_of_generation_arrives(folder, capsys):
+    flags = "--temperature 2 --top-k 50 --top-p 0.9 --min-p 0.01 --seed 3 --stop x --raw"
+    main(["generate", folder, "hello", *flags.split(), "--max-new-tokens", "20"])
+    options = {"temperature": 2, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+    model = ts.load(folder)
+    everything = {**options, "stop": "x", "chat": False, "max_new_tokens": 20}
+    expected = model.complete("hello", **everything)[0]
+    assert capsys.readouterr().out == expected + "\n"
+    for name, other in {"seed": 4, "top_k": 1, "temperature": 0.01, "chat": True}.items():
+        assert model.complete("hello", **everything | {name: other})[0] != expected
+
+
+def test_importing_brings_neither_transformers_nor_the_hub():
+    import subprocess
+    import sys
+
+    code = "import sys, tinysteer.cli; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers", "matplotlib", "huggingface_hub", "jinja2"} & {*said.stdout.split()}
+
+
 def test_several_prompts_are_told_apart(folder, capsys):
     main(["generate", folder, "first", "second", "--max-new-tokens", "3"])
     out = capsys.readouterr().out

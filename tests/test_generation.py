@@ -133,7 +133,6 @@ REFUSED = {
     "max_new_tokens is '20' for prompt 0": {"max_new_tokens": "20"},
     "max_new_tokens is None for prompt 0": {"max_new_tokens": None},
     "seed is 9223372036854775808": {"seed": 2**63},
-    "stop is None": {"stop": None},
     "max_new_tokens is -1": {"max_new_tokens": -1},
     "max_new_tokens has 2 values for 4 prompts": {"max_new_tokens": [1, 2]},
     "seed has 1 values for 4 prompts": {"seed": [1]},
@@ -145,6 +144,29 @@ REFUSED = {
 def test_options_out_of_range_are_refused_by_name(message, model):
     with pytest.raises(ValueError, match=message):
         complete(model, **REFUSED[message])
+
+
+def test_a_base_model_does_not_ask_itself_the_next_question(model):
+    whole = model.complete(["short"], max_new_tokens=16)[0]
+    model.tokenizer.stop_strings = (whole[3],)
+    assert model.complete(["short"], max_new_tokens=16)[0] == whole[: whole.index(whole[3])]
+    text = model.tokenizer.format("short")
+    assert complete(model, [text])[0] == whole  # as it is: nothing is added, nothing cut
+
+
+def test_logits_that_are_not_finite_are_an_error(model):
+    model.decoder.norm.weight[0] = float("nan")
+    for temperature in (0, 1):
+        with pytest.raises(ValueError, match=r"NaN or infinite in torch\.float32: lower"):
+            complete(model, temperature=temperature)
+
+
+def test_logits_may_be_changed_and_learned_from(model):
+    model.logits(torch.tensor([[1, 2]]))[..., 3] = 0
+    states = model.residuals(torch.tensor([[1, 2]]))
+    probe = torch.zeros(48, requires_grad=True)
+    (states @ probe).sum().backward()
+    assert probe.grad is not None
 
 
 NO_PROMPTS = {
@@ -207,7 +229,7 @@ FILTERS = {  # settings -> the tokens that may be drawn
     "top_p keeps the fewest that reach it": ({"top_p": 0.6}, {0, 1}),
     "top_p keeps at least one": ({"top_p": 0.01}, {0}),
     "min_p": ({"min_p": 0.2}, {0, 1, 4}),
-    "top_p counts what top_k left": ({"top_k": 3, "top_p": 0.7}, {0, 1}),
+    "top_p counts what top_k left": ({"top_k": 2, "top_p": 0.7}, {0}),
     "low temperature": ({"temperature": 0.01}, {0}),
 }
 

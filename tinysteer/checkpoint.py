@@ -39,7 +39,8 @@ def load(
     config = load_config(folder)
     tokenizer = Tokenizer.load(folder)
     decoder = load_decoder(folder, config, dtype, device)
-    name = Path(source).resolve().name if Path(source).is_dir() else str(source)
+    local = Path(source).expanduser().is_dir()
+    name = folder.resolve().name if local else str(source)
     return LanguageModel(decoder, tokenizer, name)
 
 
@@ -59,8 +60,11 @@ def parse_device(device: torch.device | str | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"torch has no device {str(device)!r} here; pass device='cpu'") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"torch has no device {str(device)!r} here ({reason}); try 'cpu'"
+        ) from None
     return torch.device(device)
 
 

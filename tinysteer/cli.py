@@ -31,6 +31,9 @@ SPEC_FORM = "FILE@LAYER:VERB[=NUMBER][:WHERE]"
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):  # Windows' pipes have another encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")
     try:
         options.run(options)
         sys.stdout.flush()
@@ -38,6 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"tinysteer: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(
+            "tinysteer: out of memory: lower --batch-size or --max-new-tokens, or pass "
+            "--dtype bfloat16",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130

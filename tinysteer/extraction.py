@@ -28,7 +28,7 @@ class MeanResiduals:
     n: int
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_residuals(
     model: LanguageModel, prompts: Sequence[Prompt], *, chat: bool = True, batch_size: int = 16
 ) -> MeanResiduals:
@@ -45,7 +45,9 @@ def mean_residuals(
     check_lengths(ids, [0] * len(ids), model.config.context_length)
     counts = Counter(ids)
     distinct = sorted(counts, key=len)
-    total = torch.zeros(model.config.n_layers, model.config.dim, device=model.device)
+    total = torch.zeros(
+        model.config.n_layers, model.config.dim, device=model.device, dtype=torch.float32
+    )
     progress = tqdm(total=len(distinct), desc="prompts", unit="", disable=None)
     for at in range(0, len(distinct), batch_size):
         batch = distinct[at : at + batch_size]

@@ -1,8 +1,11 @@
 """Prompts in, text out: a batch decoded with a KV cache, steered, streamed row by row."""
 
+import numbers
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from tinysteer.model import Cache, Decoder, Seam, unsteered
 from tinysteer.sampling import Pick, greedy
@@ -15,7 +18,8 @@ class Options:
     """How to generate. ValueError for a value out of its range.
 
     Where one value or one a prompt may be given, a row's text depends on its own value alone:
-    the same prompt, edits and seed give the same text in any batch.
+    the same prompt, edits and seed give the same text in any batch, up to rounding, which in
+    half precision may tip a token.
     """
 
     max_new_tokens: int | Sequence[int] = 128  # one for all prompts, or one each
@@ -25,12 +29,12 @@ class Options:
     top_p: float | None = None  # from the fewest tokens that hold this share of probability
     min_p: float | None = None  # from tokens at least this fraction as likely as the likeliest
     seed: int | Sequence[int] | None = None  # one for all prompts, or one each; None: at random
-    stop: str | Sequence[str] = ()  # strings that end a text, left out of it
+    stop: str | Sequence[str] | None = None  # strings that end a text, left out of it
     chat: bool = True  # put prompts into the model's chat template; False: take them as they are
     batch_size: int = 32  # prompts decoded together
 
     def __post_init__(self):
-        number, whole = (int, float), int
+        number, whole = numbers.Real, numbers.Integral
         ranges = {  # what it must be, its type, whether it is in range
             "temperature": ("0 (greedy) or more", number, lambda t: t >= 0),
             "top_k": ("1 or more", whole, lambda k: k >= 1),
@@ -50,17 +54,20 @@ class Options:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
         return tuple(self.stop) if isinstance(self.stop, list | tuple) else (self.stop,)
 
     def per_prompt(self, name: str, n_prompts: int) -> list:
         """`max_new_tokens` or `seed`, one value a prompt."""
         value = getattr(self, name)
-        values = list(value) if isinstance(value, list | tuple) else [value] * n_prompts
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        values = list(value) if several else [value] * n_prompts
         if len(values) != n_prompts:
             raise ValueError(f"{name} has {len(values)} values for {n_prompts} prompts")
         for i, value in enumerate(values):
             absent = value is None and name == "seed"
-            if not absent and not (hasattr(value, "__index__") and 0 <= value < 2**63):
+            if not absent and not (isinstance(value, numbers.Integral) and 0 <= value < 2**63):
                 raise ValueError(
                     f"{name} is {value!r} for prompt {i}; it must be a whole number, 0 or more"
                 )
@@ -92,10 +99,19 @@ def decode(
     """Yield (row, piece of text) until every row is done; prompts are lists of token ids."""
     tokens, start = pad(prompts)
     tokens, prompt = tokens.to(decoder.embed.weight.device), tokens.shape[1]
-    cache = Cache(decoder, start, prompt, prompt + max(row.limit for row in rows))
+    limits = torch.tensor([row.limit for row in rows])
+    room = limits + torch.tensor([len(ids) for ids in prompts])
+    cache = Cache(decoder, start, prompt, prompt + int(limits.max()), room)
     x = decoder.prefill(tokens, cache, steer)
     while True:
-        chosen = pick(decoder.logits(x)[:, -1])
+        logits = decoder.logits(x)[:, -1]
+        for i in (~logits.isfinite().all(-1)).nonzero()[:, 0].tolist():
+            if not rows[i].done:
+                raise ValueError(
+                    f"logits became NaN or infinite in {x.dtype}: lower the weights of the "
+                    "edits, or load the model in bfloat16 or float32"
+                )
+        chosen = pick(logits)
         for i, token in enumerate(chosen.tolist()):
             if not rows[i].done and (piece := rows[i].push(token)):
                 yield i, piece

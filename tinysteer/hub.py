@@ -4,7 +4,13 @@ from pathlib import Path
 
 # All that a model needs. Not "*.safetensors": some repositories hold their weights twice.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+TEXT = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 CONFIG = ("config.json", "generation_config.json")
 
 

@@ -105,7 +105,7 @@ class LanguageModel:
             for row, piece in pieces:
                 yield batch[row], piece
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(
         self,
         tokens: Tensor,
@@ -123,7 +123,7 @@ class LanguageModel:
         outputs = [self.decoder.logits(self.decoder(chunk, cache, steer)) for chunk in chunks]
         return torch.cat(outputs, dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def residuals(
         self,
         tokens: Tensor,
@@ -164,7 +164,7 @@ class LanguageModel:
             raise ValueError(f"prompt_length is {prompt_length}; there are {T} columns of tokens")
         cache = Cache(self.decoder, start, prompt_length, T)
         steer = seam(self._edits(steer, B), self.device)
-        return tokens.to(self.device).split(CHUNK, dim=1), cache, steer
+        return tokens.long().to(self.device).split(CHUNK, dim=1), cache, steer
 
     def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:
         rows = per_row(steer, n_rows)

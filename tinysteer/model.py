@@ -99,17 +99,28 @@ class Cache:
     """Keys and values of `length` columns, and where each row's text lies in them.
 
     Rows are padded on the left: row b's text begins at column start[b] (B,), and every prompt
-    ends before column `prompt`. `end` columns are filled.
+    ends before column `prompt`. `end` columns are filled. room (B,) says how many positions each
+    row will have at most; default all columns from its start.
     """
 
-    def __init__(self, decoder: "Decoder", start: Tensor, prompt: int, length: int):
+    def __init__(
+        self,
+        decoder: "Decoder",
+        start: Tensor,
+        prompt: int,
+        length: int,
+        room: Tensor | None = None,
+    ):
         config, weight = decoder.config, decoder.embed.weight
         shape = (config.n_layers, len(start), config.n_kv_heads, length, config.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
         self.start, self.prompt, self.end = start.to(weight.device), prompt, 0
+        room = (length - start if room is None else room).to(weight.device)
         ropes = {layer.rope for layer in config.layers}
+        self.sets = {rope: rope.choose(room)[:, None] for rope in ropes}  # (B, 1)
         self.tables = {
-            rope: [t.to(weight.dtype) for t in rope.tables(length, weight.device)] for rope in ropes
+            rope: [table.to(weight.device, weight.dtype) for table in rope.tables(length)]
+            for rope in ropes
         }
         self.kinds = set(config.layers)
 
@@ -124,7 +135,8 @@ class Cache:
         place = query.T - self.start[:, None]  # (B, T) within the row's own text
         views = {}
         for kind in self.kinds:
-            cos, sin = (table[place.clamp(min=0)][:, None] for table in self.tables[kind.rope])
+            at = self.sets[kind.rope], place.clamp(min=0)
+            cos, sin = (table[at][:, None] for table in self.tables[kind.rope])
             mask = seen if kind.window is None else seen & (key > query - kind.window)
             views[kind] = View(cos, sin, mask[:, None])
         position = (query.T - (self.prompt - 1)).expand(len(self.start), T)

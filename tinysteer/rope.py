@@ -32,43 +32,46 @@ class Rope:
                     f"LongRoPE has {len(factors)} factors for {self.dim // 2} pairs of dimensions"
                 )
 
-    def tables(self, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """cos and signed sin of positions 0 .. length - 1, each (length, R) float32.
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of positions 0 .. length - 1, each (sets, length, R) float32.
 
         The first half of sin is negated, which is half of a rotation's work: see `rotate`.
-
-        LongRoPE has two sets of frequencies and picks one by length. transformers may switch in
-        the middle of a generation, which keys already in a cache cannot follow; here `length`,
-        prompt and new tokens together, decides once.
         """
-        angles = torch.outer(torch.arange(length).float(), SCHEMES[self.scheme](self, length))
-        cos, sin = angles.to(device).cos(), angles.to(device).sin()
-        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return tables[0] * self.table_scale, tables[1] * self.table_scale
+        angles = torch.arange(length)[:, None] * SCHEMES[self.scheme](self)[:, None]
+        cos, sin = angles.cos() * self.table_scale, angles.sin() * self.table_scale
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    def choose(self, room: Tensor) -> Tensor:
+        """room (B,), the most positions each row will have -> the set of tables it uses (B,).
+
+        LongRoPE has one set for texts within `original_length` and one for longer ones.
+        transformers may change over in the middle of a text, which keys already in a cache
+        cannot follow; here prompt and new tokens together decide once.
+        """
+        return (room > self.original_length).long() * (self.scheme == "longrope")
 
 
-def default(rope: Rope, length: int) -> Tensor:
-    """Radians per position of each pair, (R/2,)."""
-    return 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2).float() / rope.dim)
+def default(rope: Rope) -> Tensor:
+    """Radians per position of each pair, (sets, R/2); one set but for LongRoPE."""
+    return 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2).float() / rope.dim)[None]
 
 
-def linear(rope: Rope, length: int) -> Tensor:
-    return default(rope, length) / rope.factor
+def linear(rope: Rope) -> Tensor:
+    return default(rope) / rope.factor
 
 
-def llama3(rope: Rope, length: int) -> Tensor:
+def llama3(rope: Rope) -> Tensor:
     """Slow pairs are slowed by `factor`, fast ones kept, those between blended (Llama 3.1)."""
-    frequencies = default(rope, length)
+    frequencies = default(rope)
     turns = rope.original_length * frequencies / (2 * math.pi)  # within the original context
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = kept.clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / rope.factor
 
 
-def longrope(rope: Rope, length: int) -> Tensor:
+def longrope(rope: Rope) -> Tensor:
     """Each pair has its own factor, one for short texts and one for long (Phi-3 128k)."""
-    factors = rope.long_factors if length > rope.original_length else rope.short_factors
-    return default(rope, length) / torch.tensor(factors)
+    return default(rope) / torch.tensor([rope.short_factors, rope.long_factors])
 
 
 SCHEMES = {"default": default, "linear": linear, "llama3": llama3, "longrope": longrope}

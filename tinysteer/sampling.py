@@ -37,7 +37,9 @@ class Sampler:
 
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits (B, V) -> probabilities (B, V), the likeliest first, and their tokens."""
-        p, tokens = (logits.double() / self.temperature).softmax(-1).sort(-1, descending=True)
+        above = (logits - logits.amax(-1, keepdim=True)).double()  # cannot overflow
+        p = (above / self.temperature).softmax(-1)
+        p, tokens = torch.sort(p, dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             p[:, self.top_k :] = 0
             p = p / p.sum(-1, keepdim=True)

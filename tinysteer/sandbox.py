@@ -81,7 +81,8 @@ def serve() -> None:
         except MemoryError:
             reply = [None, f"it needs more than {BYTES >> 20} MB of memory"]
         except Exception as error:
-            reply = [None, str(error) or type(error).__name__]
+            words = " ".join(str(error).split()) or type(error).__name__
+            reply = [None, words[:500]]
         print(json.dumps(reply), flush=True)
         alarm(0)
 

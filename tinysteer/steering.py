@@ -6,7 +6,7 @@ edits is what `steer=` takes. Layer L is the residual stream after block L, coun
 """
 
 import json
-import math
+import numbers
 import operator
 import struct
 from collections.abc import Sequence
@@ -38,9 +38,12 @@ class Edit:
     move: kernels.Edit  # d = clip(bias - slope <h, u>, low, high), and where
 
     def __post_init__(self):
+        largest = torch.finfo(torch.float32).max
         for value in (self.move.bias, self.move.slope):
-            if not isinstance(value, float | int) or not math.isfinite(value):
+            if not abs(value) <= largest:
                 raise ValueError(f"weight, alpha and target must be finite numbers, not {value!r}")
+        if not self.direction.isfinite().all():
+            raise ValueError("the direction has NaN or infinite values")
 
     def __repr__(self) -> str:
         defaults = kernels.Edit._field_defaults
@@ -51,7 +54,9 @@ class Edit:
 def window(where: Where) -> dict[str, int]:
     """ "all", "prompt", "generation" or (first, stop) -> an edit's `first` and `last`."""
     bounds = WINDOWS.get(where) if isinstance(where, str) else where
-    whole = isinstance(bounds, tuple) and all(b is None or isinstance(b, int) for b in bounds)
+    whole = isinstance(bounds, tuple) and all(
+        b is None or isinstance(b, numbers.Integral) for b in bounds
+    )
     if not whole or len(bounds) != 2:
         raise ValueError(
             f"where={where!r}: use {', '.join(map(repr, WINDOWS))} or (first, stop), "
@@ -111,6 +116,7 @@ class Direction:
         return self._edit(where, slope=1.0)
 
     def _edit(self, where: Where, **move: float) -> Edit:
+        move = {name: float(value) for name, value in move.items()}
         return Edit(self.layer, self.direction, kernels.Edit(**move, **window(where)))
 
 
@@ -139,6 +145,9 @@ class SteeringVector:
                 raise ValueError(f"{name} is {list(tensor.shape)} for {self.n_layers} layers")
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinite values")
+        lengths = self.directions.float().norm(dim=-1)
+        if not ((lengths == 0) | ((lengths - 1).abs() < 1e-3)).all():
+            raise ValueError("directions must have unit length: their own length goes into norms")
 
     @classmethod
     def from_means(
@@ -195,7 +204,8 @@ class SteeringVector:
         """
         if not (folder := Path(path).absolute().parent).is_dir():
             raise FileNotFoundError(f"there is no folder {folder} to save into")
-        header = {"__metadata__": {**self.metadata, "format": FORMAT, "layers": CONVENTION}}
+        about = {**self.metadata, "format": FORMAT, "layers": CONVENTION}
+        header = {"__metadata__": {key: str(value) for key, value in about.items()}}
         data = b""
         for name in TENSORS:
             numbers = getattr(self, name).flatten().tolist()

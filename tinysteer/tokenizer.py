@@ -52,10 +52,13 @@ class Tokenizer:
             ) from None
         vocabulary.no_padding()
         vocabulary.no_truncation()
-        about = read_json(folder / "tokenizer_config.json")
+        about = read_json(folder / "special_tokens_map.json")
+        about |= read_json(folder / "tokenizer_config.json")
         special = {k: content(v) for k, v in about.items() if names_token(k, v)}
         template = read_template(folder, about)
         added = vocabulary.encode("", add_special_tokens=True).ids
+        if added and "bos_token" not in special:  # named by tokenizer.json alone
+            special["bos_token"] = vocabulary.id_to_token(added[0])
         bos_id = vocabulary.token_to_id(special.get("bos_token", ""))
         adds_bos = about.get("add_bos_token")
         if adds_bos is None:
@@ -76,7 +79,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with one BOS in front where the model wants one."""
-        ids = self.vocabulary.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.vocabulary.encode(text, add_special_tokens=False).ids
+        except TypeError:  # a lone surrogate, from bytes that were no UTF-8
+            raise ValueError(f"{text!r} is not valid text") from None
         if not self.adds_bos:
             return ids
         own = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))

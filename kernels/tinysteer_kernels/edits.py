@@ -52,15 +52,16 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]]) -> Edits:
         if not -1 <= edit.index < len(bank):
             raise ValueError(f"an edit names direction {edit.index} of a bank of {len(bank)}")
     table = torch.tensor(padded, dtype=torch.float64).reshape(len(rows), K, len(Edit._fields))
-    index, bias, slope, low, high, first, last = table.to(bank.device).unbind(-1)
-    u = bank[index.long().clamp(min=0)].double()  # (B, K, D)
-    return Edits(
+    index, bias, slope, low, high, first, last = table.unbind(-1)
+    u = bank.cpu()[index.long().clamp(min=0)].double()  # (B, K, D)
+    tables = Edits(
         index.int(),
         *(column.float() for column in (bias, slope, low, high)),
         first.int(),
         last.int(),
         gram=(u @ u.mT).float(),
     )
+    return Edits(*(column.to(bank.device) for column in tables))
 
 
 def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor) -> Tensor:
@@ -77,6 +78,7 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor) -> Tensor:
         raise ValueError(f"edits are for {len(edits.index)} rows, x has {B}")
     h = x.float()
     u = bank[edits.index.long().clamp(min=0)].float()  # (B, K, D)
+    u = torch.where((edits.index >= 0)[..., None], u, 0.0)  # another row's NaN stays with it
     p = h @ u.mT  # (B, T, K)
     d = torch.zeros_like(p)
     at = position[..., None]
