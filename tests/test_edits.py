@@ -141,6 +141,16 @@ def test_a_nan_row_stays_alone():
     assert torch.equal(x[1], clean[1])
 
 
+def test_a_nan_direction_stays_with_its_row():
+    bank = torch.eye(3, 16)
+    bank[0] = math.nan
+    x, position = torch.randn(2, 3, 16), torch.zeros(2, 3, dtype=torch.int32)
+    edits = compile_edits(bank, [[Edit(0, bias=1.0), Edit(1, bias=1.0)], [Edit(1, bias=1.0)]])
+    result = steer(x.clone(), bank, edits, position)
+    assert result[0].isnan().any()
+    torch.testing.assert_close(result[1], x[1] + bank[1])
+
+
 def test_large_states_do_not_overflow_in_half_precision():
     x, *rest = case(Edit(0, slope=1.0), D=4096)
     assert steer((x * 12_000).half(), *rest).isfinite().all()

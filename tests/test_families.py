@@ -290,3 +290,17 @@ def test_phi_4_mini_turns_three_quarters_of_a_head_and_scales_its_tables():
     rope = read_config(KNOWN["Phi-4-mini-instruct"][0]).layers[0].rope
     assert (rope.dim, rope.original_length) == (96, 4096)
     assert rope.table_scale == pytest.approx((1 + 5 / 12) ** 0.5)  # 32 = 2 ** 5, 4096 = 2 ** 12
+
+
+def test_longrope_takes_a_factor_that_config_json_gives():
+    sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    scaling = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = sizes | {"model_type": "phi3", "num_attention_heads": 2}
+    config |= {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+
+    def scale(**given):
+        return read_config(config | {"rope_scaling": scaling | given}).layers[0].rope.table_scale
+
+    assert scale() == pytest.approx(1.1902380714238083)  # sqrt(1 + ln 32 / ln 4096)
+    assert scale(factor=4.0) == pytest.approx(1.0801234497346435)  # sqrt(1 + ln 4 / ln 4096)
+    assert scale(attention_factor=1.5) == 1.5

@@ -382,3 +382,14 @@ def test_a_template_keeps_nothing_between_renderings():
     counting = "{% set n = namespace(i=0) %}{% set n.i = n.i + 1 %}{% set y = 1 %}{{ n.i }}{{ x }}"
     assert [render(counting, {"x": x}) for x in "ab"] == ["1a", "1b"]
     assert render("{{ n }}{{ x }}{{ y }}", {}) == ""
+
+
+@pytest.mark.parametrize("config", ["{}", None])
+def test_a_bos_that_tokenizer_json_alone_names_is_kept(config, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    source = checkpoint("llama: grouped heads")[0]
+    (folder / "tokenizer.json").write_text((source / "tokenizer.json").read_text())
+    if config:
+        (folder / "tokenizer_config.json").write_text(config)
+    assert ts.Tokenizer.load(folder).encode("a")[0] == 1

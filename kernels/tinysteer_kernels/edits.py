@@ -54,6 +54,7 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]]) -> Edits:
     table = torch.tensor(padded, dtype=torch.float64).reshape(len(rows), K, len(Edit._fields))
     index, bias, slope, low, high, first, last = table.unbind(-1)
     u = bank.cpu()[index.long().clamp(min=0)].double()  # (B, K, D)
+    u = torch.where((index >= 0)[..., None], u, 0.0)
     tables = Edits(
         index.int(),
         *(column.float() for column in (bias, slope, low, high)),
