@@ -42,12 +42,14 @@ class Options:
             "min_p": ("from 0 to 1", number, lambda p: 0 <= p <= 1),
             "batch_size": ("1 or more", whole, lambda n: n >= 1),
         }
+        cuts = ("top_k", "top_p", "min_p")
         for name, (words, kind, fits) in ranges.items():
             value = getattr(self, name)
-            optional = value is None and name in ("top_k", "top_p", "min_p")
-            if not optional and not (isinstance(value, kind) and fits(value)):
+            if value is None and name in cuts:
+                continue
+            if not (isinstance(value, kind) and fits(value)):
                 raise ValueError(f"{name} is {value!r}; it must be {words}")
-            if value is not None and name in ("top_k", "top_p", "min_p") and not self.temperature:
+            if name in cuts and not self.temperature:
                 raise ValueError(f"{name} changes nothing at temperature 0: set temperature too")
         if not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop is {self.stop!r}; it must be strings that are not empty")
