@@ -25,7 +25,7 @@ def pairs(tmp_path):
 @pytest.fixture
 def vector(folder, pairs, tmp_path, capsys):
     path = tmp_path / "v.safetensors"
-    assert main(["extract", folder, str(pairs), "-o", str(path)]) == 0
+    assert main(["extract", "-m", folder, str(pairs), "-o", str(path)]) == 0
     assert "4 layers" in capsys.readouterr().out
     return path
 
@@ -42,12 +42,12 @@ def test_extract_writes_the_vector_that_python_gets(folder, vector):
 def test_the_papers_names_for_pairs_are_read_too(folder, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a b", "prompt_without_instruction": "a", "key": 1}\n')
-    assert main(["extract", folder, str(path), "-o", str(tmp_path / "v.safetensors")]) == 0
+    assert main(["extract", "-m", folder, str(path), "-o", str(tmp_path / "v.safetensors")]) == 0
 
 
 def test_generate_prints_the_steered_text(folder, vector, capsys):
     spec = f"{vector}@2:add=40"
-    assert main(["generate", folder, "hello", "--steer", spec, "--max-new-tokens", "9"]) == 0
+    assert main(["generate", "-m", folder, "hello", "--steer", spec, "--max-new-tokens", "9"]) == 0
     model, v = ts.load(folder), ts.SteeringVector.load(vector)
     expected = model.complete(["hello"], [v.at(2).add(40.0)], max_new_tokens=9)[0]
     assert capsys.readouterr().out == expected + "\n"
@@ -58,7 +58,7 @@ def test_several_edits_act_in_order_where_they_should(folder, vector, capsys):
     specs = [f"{vector}@2:to_target=0.5:generation", f"{vector}@-1:add", f"{vector}@1:ablate"]
     arguments = [part for spec in specs for part in ("--steer", spec)]
     arguments += ["--max-new-tokens", "9", "--json"]
-    assert main(["generate", folder, "hello", *arguments]) == 0
+    assert main(["generate", "-m", folder, "hello", *arguments]) == 0
     model, v = ts.load(folder), ts.SteeringVector.load(vector)
     edits = [v.at(2).to_target(0.5, where="generation"), v.at(3).add(), v.at(1).ablate()]
     said = json.loads(capsys.readouterr().out)
@@ -67,15 +67,15 @@ def test_several_edits_act_in_order_where_they_should(folder, vector, capsys):
 
 
 def test_streaming_prints_the_same_text(folder, capsys):
-    main(["generate", folder, "hello", "--max-new-tokens", "9"])
+    main(["generate", "-m", folder, "hello", "--max-new-tokens", "9"])
     whole = capsys.readouterr().out
-    assert main(["generate", folder, "hello", "--max-new-tokens", "9", "--stream"]) == 0
+    assert main(["generate", "-m", folder, "hello", "--max-new-tokens", "9", "--stream"]) == 0
     assert capsys.readouterr().out == whole
 
 
 def test_every_option_of_generation_arrives(folder, capsys):
     flags = "--temperature 2 --top-k 50 --top-p 0.9 --min-p 0.01 --seed 3 --stop x --raw"
-    main(["generate", folder, "hello", *flags.split(), "--max-new-tokens", "20"])
+    main(["generate", "-m", folder, "hello", *flags.split(), "--max-new-tokens", "20"])
     options = {"temperature": 2, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 3}
     model = ts.load(folder)
     everything = {**options, "stop": "x", "chat": False, "max_new_tokens": 20}
@@ -95,14 +95,14 @@ def test_importing_brings_neither_transformers_nor_the_hub():
 
 
 def test_several_prompts_are_told_apart(folder, capsys):
-    main(["generate", folder, "first", "second", "--max-new-tokens", "3"])
+    main(["generate", "-m", folder, "first", "second", "--max-new-tokens", "3"])
     out = capsys.readouterr().out
     assert out.index("> first") < out.index("> second")
 
 
 def test_prompts_come_from_stdin_a_line_each(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
-    assert main(["generate", folder, "-", "--json", "--max-new-tokens", "3"]) == 0
+    assert main(["generate", "-m", folder, "-", "--json", "--max-new-tokens", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["first", "second"]
 
@@ -132,17 +132,33 @@ def test_inspect_reads_no_weights(checkpoint, tmp_path, capsys):
 
 
 MISTAKES = {  # one sentence on stderr, exit code 1; {pairs}, {v} and {model} are good files
-    "no model": (["generate", "./nowhere", "x"], "there is no folder ./nowhere"),
-    "no vector": (["generate", "{model}", "x", "--steer", "w.safetensors@1:add"], "w.safetensors"),
-    "no such layer": (["generate", "{model}", "x", "--steer", "{v}@9:add"], "layers 0 to 3"),
-    "a weight that is NaN": (["generate", "{model}", "x", "--steer", "{v}@1:add=nan"], "finite"),
-    "pairs are not there": (["extract", "{model}", "none.jsonl", "-o", "v"], "no file none.jsonl"),
-    "no folder to write to": (["extract", "{model}", "{pairs}", "-o", "no/v"], "no folder"),
-    "a folder to write to": (["extract", "{model}", "{pairs}", "-o", "."], ". is a folder"),
-    "too much of the best": (["generate", "m", "x", "--top-p", "0.5"], "top_p changes nothing"),
-    "unknown device": (["generate", "{model}", "x", "--device", "gpu"], "no device 'gpu'"),
-    "unknown dtype": (["generate", "{model}", "x", "--dtype", "int3"], "int3 is not supported"),
-    "too long": (["generate", "{model}", "x", "--max-new-tokens", "999"], "context of 128"),
+    "no model": (["generate", "-m", "./nowhere", "x"], "there is no folder ./nowhere"),
+    "no vector": (
+        ["generate", "-m", "{model}", "x", "--steer", "w.safetensors@1:add"],
+        "w.safetensors",
+    ),
+    "no plan": (["generate", "x", "--steer", "none.json"], "no plan none.json"),
+    "no such layer": (["generate", "-m", "{model}", "x", "--steer", "{v}@9:add"], "layers 0 to 3"),
+    "a weight that is NaN": (
+        ["generate", "-m", "{model}", "x", "--steer", "{v}@1:add=nan"],
+        "finite",
+    ),
+    "pairs are not there": (
+        ["extract", "-m", "{model}", "none.jsonl", "-o", "v"],
+        "no file none.jsonl",
+    ),
+    "no folder to write to": (["extract", "-m", "{model}", "{pairs}", "-o", "no/v"], "no folder"),
+    "a folder to write to": (["extract", "-m", "{model}", "{pairs}", "-o", "."], ". is a folder"),
+    "too much of the best": (
+        ["generate", "-m", "m", "x", "--top-p", "0.5"],
+        "top_p changes nothing",
+    ),
+    "unknown device": (["generate", "-m", "{model}", "x", "--device", "gpu"], "no device 'gpu'"),
+    "unknown dtype": (
+        ["generate", "-m", "{model}", "x", "--dtype", "int3"],
+        "int3 is not supported",
+    ),
+    "too long": (["generate", "-m", "{model}", "x", "--max-new-tokens", "999"], "context of 128"),
     "inspect neither": (["inspect", "./nowhere"], "there is no folder ./nowhere"),
 }
 
@@ -161,14 +177,14 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_1(name, folder, vector, p
 
 def test_empty_stdin_is_a_mistake(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    assert main(["generate", folder, "-"]) == 1
+    assert main(["generate", "-m", folder, "-"]) == 1
     assert "no prompts" in capsys.readouterr().err
 
 
 def test_pairs_may_hold_any_character_and_begin_with_a_mark(folder, tmp_path):
     path, text = tmp_path / "pairs.jsonl", '{"with": "a\u2028b", "without": "a"}\r\n'
     path.write_text(text, encoding="utf-8-sig", newline="")
-    assert main(["extract", folder, str(path), "-o", str(tmp_path / "v.safetensors")]) == 0
+    assert main(["extract", "-m", folder, str(path), "-o", str(tmp_path / "v.safetensors")]) == 0
 
 
 def test_a_vector_of_another_model_is_refused_before_weights_are_read(
@@ -178,7 +194,7 @@ def test_a_vector_of_another_model_is_refused_before_weights_are_read(
 
     wider = shutil.copytree(checkpoint("phi3: partial rotary, tied (4-mini)")[0], tmp_path / "m")
     (wider / "model.safetensors").unlink()
-    assert main(["generate", str(wider), "x", "--steer", f"{vector}@1:add"]) == 1
+    assert main(["generate", "-m", str(wider), "x", "--steer", f"{vector}@1:add"]) == 1
     assert "the vector is 48 wide, this model 64" in capsys.readouterr().err
 
 
@@ -193,25 +209,25 @@ BAD_LINES = {
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_of_pairs_is_named(name, folder, pairs, tmp_path, capsys):
     pairs.write_text('{"with": "a", "without": "b"}\n' + BAD_LINES[name])
-    assert main(["extract", folder, str(pairs), "-o", str(tmp_path / "v.safetensors")]) == 1
+    assert main(["extract", "-m", folder, str(pairs), "-o", str(tmp_path / "v.safetensors")]) == 1
     assert f"{pairs}, line 2: not " in capsys.readouterr().err
 
 
 def test_an_empty_file_of_pairs_is_refused(folder, pairs, tmp_path, capsys):
     pairs.write_text("\n")
-    assert main(["extract", folder, str(pairs), "-o", str(tmp_path / "v")]) == 1
+    assert main(["extract", "-m", folder, str(pairs), "-o", str(tmp_path / "v")]) == 1
     assert "holds no pairs" in capsys.readouterr().err
 
 
 USAGE = {
     "no command": [],
     "unknown command": ["sing"],
-    "no layer": ["generate", "m", "x", "--steer", "v.safetensors:add"],
-    "unknown verb": ["generate", "m", "x", "--steer", "v.safetensors@1:push"],
-    "no number": ["generate", "m", "x", "--steer", "v.safetensors@1:add=much"],
-    "ablate takes no number": ["generate", "m", "x", "--steer", "v.safetensors@1:ablate=1"],
-    "unknown window": ["generate", "m", "x", "--steer", "v.safetensors@1:add=1:sometimes"],
-    "two ways to print": ["generate", "m", "x", "--json", "--stream"],
+    "no layer": ["generate", "-m", "m", "x", "--steer", "v.safetensors:add"],
+    "unknown verb": ["generate", "-m", "m", "x", "--steer", "v.safetensors@1:push"],
+    "no number": ["generate", "-m", "m", "x", "--steer", "v.safetensors@1:add=much"],
+    "ablate takes no number": ["generate", "-m", "m", "x", "--steer", "v.safetensors@1:ablate=1"],
+    "unknown window": ["generate", "-m", "m", "x", "--steer", "v.safetensors@1:add=1:sometimes"],
+    "two ways to print": ["generate", "-m", "m", "x", "--json", "--stream"],
 }
 
 

@@ -7,7 +7,8 @@ import torch
 from oracle import greedy_ids, hooked
 
 import tinysteer as ts
-from tinysteer.steering import per_row, window
+from tinysteer.edits import window
+from tinysteer.steering import per_row
 
 T = 12
 
@@ -168,52 +169,6 @@ def test_verbs_do_to_the_projection_what_they_say(model, vector):
     same(projection(v.ablate()), torch.zeros_like(plain), atol=1e-5, rtol=0)
 
 
-def test_vectors_know_their_directions(vector):
-    for layer in range(vector.n_layers):
-        v = vector.at(layer)
-        assert v.direction.shape == (vector.dim,)
-        assert v.direction.dtype == torch.float32
-        assert float(v.direction.norm()) == pytest.approx(1)
-        assert v.target - v.baseline == pytest.approx(v.norm, abs=1e-5)
-    assert vector.at(-1).layer == vector.n_layers - 1
-
-
-def test_a_saved_vector_is_the_same_vector(vector, tmp_path):
-    vector.metadata["model"] = "tiny"
-    vector.save(tmp_path / "v.safetensors")
-    loaded = ts.SteeringVector.load(tmp_path / "v.safetensors")
-    for name in ("directions", "norms", "targets", "baselines"):
-        assert torch.equal(getattr(loaded, name), getattr(vector, name))
-    assert loaded.metadata == {"model": "tiny"}
-
-
-def test_files_that_are_no_vectors_are_refused(vector, tmp_path):
-    path = tmp_path / "v.safetensors"
-    with pytest.raises(FileNotFoundError, match="no steering vector file"):
-        ts.SteeringVector.load(path)
-    path.write_bytes(b"not safetensors at all")
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
-        ts.SteeringVector.load(path)
-    from safetensors.torch import save_file
-
-    save_file({"directions": torch.zeros(2, 3)}, path)
-    with pytest.raises(ValueError, match="no tinysteer vector"):
-        ts.SteeringVector.load(path)
-    vector.save(path)
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
-        ts.SteeringVector.load(path)
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        vector.save(tmp_path / "nowhere" / "v.safetensors")
-
-
-def test_nan_in_a_vector_is_refused(vector):
-    directions = vector.directions.clone()
-    directions[1, 2] = math.nan
-    with pytest.raises(ValueError, match="directions has NaN"):
-        ts.SteeringVector(directions, vector.norms, vector.targets, vector.baselines)
-
-
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_weight_that_is_not_finite_is_refused(vector, number):
     for verb in (vector.at(1).add, vector.at(1).to_target):
@@ -235,16 +190,6 @@ def test_a_vector_of_another_width_is_refused(model):
     wide = ts.SteeringVector.from_means(torch.randn(4, 64), torch.zeros(4, 64))
     with pytest.raises(ValueError, match="the vector is 64 wide, this model 48"):
         model.complete(["x"], [wide.at(1).add()])
-
-
-def test_a_layer_where_nothing_differs_has_no_direction():
-    means = torch.randn(3, 8)
-    same = means.clone()
-    same[0] += 1
-    vector = ts.SteeringVector.from_means(same, means)
-    with pytest.raises(ValueError, match=r"layer 1: .* equal there"):
-        vector.at(1)
-    assert vector.at(0).norm == pytest.approx(8**0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("where", ["everywhere", (3, 3), (5, 2), (1, 2, 3), (0.5, 3), None])
@@ -287,12 +232,3 @@ def test_an_edit_says_what_it_does(vector):
         "<Edit at layer 1: bias=3, slope=1, low=0, last=-1>"
     )
     assert repr(v.add(0)) == "<Edit at layer 1: nothing>"
-
-
-def test_other_readers_of_safetensors_can_read_a_vector(vector, tmp_path):
-    from safetensors.torch import load_file
-
-    vector.save(tmp_path / "v.safetensors")
-    tensors = load_file(tmp_path / "v.safetensors")
-    assert torch.equal(tensors["directions"], vector.directions)
-    assert set(tensors) == {"directions", "norms", "targets", "baselines"}

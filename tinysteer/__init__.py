@@ -14,12 +14,15 @@ with warnings.catch_warnings():  # torch warns where numpy is missing; nothing h
 
 from tinysteer.checkpoint import load
 from tinysteer.config import Config, Layer
+from tinysteer.edits import Direction, Edit
+from tinysteer.explanation import Explanation
 from tinysteer.extraction import MeanResiduals, extract, mean_residuals
 from tinysteer.generation import Options
 from tinysteer.language_model import LanguageModel
+from tinysteer.plan import load_plan
 from tinysteer.rope import Rope
-from tinysteer.steering import Direction, Edit, SteeringVector
 from tinysteer.tokenizer import Tokenizer
+from tinysteer.vectors import SteeringVector
 from tinysteer.version import VERSION
 
 __version__ = VERSION
@@ -28,6 +31,7 @@ __all__ = [
     "Config",
     "Direction",
     "Edit",
+    "Explanation",
     "LanguageModel",
     "Layer",
     "MeanResiduals",
@@ -38,5 +42,6 @@ __all__ = [
     "__version__",
     "extract",
     "load",
+    "load_plan",
     "mean_residuals",
 ]

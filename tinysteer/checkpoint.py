@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from tinysteer.config import Config
 from tinysteer.families import FAMILIES, IGNORED, TEXT_PREFIX, read_config
-from tinysteer.hub import fetch
+from tinysteer.hub import EMBEDDED, fetch
 from tinysteer.language_model import LanguageModel
 from tinysteer.model import Decoder
 from tinysteer.tokenizer import Tokenizer, read_json
+from tinysteer.version import VERSION
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -21,13 +22,14 @@ CURE = "is it complete, and is its config.json its own?"
 
 
 def load(
-    source: str | Path,
+    source: str | Path = "tiny-instruct",
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load a model from a folder in Hugging Face layout, or from the Hub by its id.
+    """Load a model from a folder in Hugging Face layout, or from the Hub by its id ("owner/name").
 
+    "tiny-instruct" and "tiny-base" come with the package: 1.3 million parameters, for trying out.
     dtype: of the weights in memory, "float32" or torch.float32 and so on; default the
     checkpoint's own. device: default the GPU where there is one. revision: a branch, tag or
     commit of the Hub. Errors are sentences that name the cure: ValueError for what the files
@@ -39,9 +41,11 @@ def load(
     config = load_config(folder)
     tokenizer = Tokenizer.load(folder)
     decoder = load_decoder(folder, config, dtype, device)
-    local = Path(source).expanduser().is_dir()
-    name = folder.resolve().name if local else str(source)
-    return LanguageModel(decoder, tokenizer, name)
+    if str(source) in EMBEDDED:
+        return LanguageModel(decoder, tokenizer, str(source), VERSION)
+    if Path(source).expanduser().is_dir():
+        return LanguageModel(decoder, tokenizer, folder.resolve().name)
+    return LanguageModel(decoder, tokenizer, str(source), folder.name)  # named by its commit
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

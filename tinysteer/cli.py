@@ -1,4 +1,4 @@
-"""The command line: extract a vector, generate with it, inspect a vector or a model.
+"""The command line: a demo; extract a vector, generate with it, explain it, inspect it.
 
 Exit codes: 0; 1 for what the user can mend, with one sentence on stderr; 2 for usage.
 """
@@ -8,17 +8,23 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tinysteer.checkpoint import load, load_config
-from tinysteer.extraction import extract
+from tinysteer.demo import run_demo
+from tinysteer.edits import WINDOWS, Edit
+from tinysteer.extraction import METHODS, extract
 from tinysteer.generation import Options
-from tinysteer.hub import fetch
-from tinysteer.model import Decoder
-from tinysteer.steering import VERBS, WINDOWS, Edit, SteeringVector, check_fit
-from tinysteer.tokenizer import Tokenizer
+from tinysteer.hub import EMBEDDED, fetch
+from tinysteer.inspection import inspect_file, inspect_model
+from tinysteer.language_model import LanguageModel
+from tinysteer.plan import VERBS, load_plan, make_edit
+from tinysteer.steering import check_fit
+from tinysteer.vectors import SteeringVector
 from tinysteer.version import VERSION
 
 # What a line of a pairs file may call its two prompts; the second is how the paper's data do.
@@ -27,6 +33,7 @@ SPEC = re.compile(
     r"(?P<file>.+)@(?P<layer>-?\d+):(?P<verb>\w+)(=(?P<number>[^:]+))?(:(?P<where>\w+))?"
 )
 SPEC_FORM = "FILE@LAYER:VERB[=NUMBER][:WHERE]"
+MODEL = EMBEDDED[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):  # Windows' pipes have another encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8")
+    warnings.showwarning = lambda message, *_: print(f"tinysteer: {message}", file=sys.stderr)
     try:
         options.run(options)
         sys.stdout.flush()
@@ -65,11 +73,33 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", metavar="MODEL", help="a folder, or a Hub id such as owner/name")
+    model.add_argument(
+        "-m",
+        "--model",
+        default=MODEL,
+        help=f"a folder, or a Hub id such as owner/name (default: {MODEL}, which is embedded)",
+    )
     model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
     model.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
     model.add_argument("--revision", help="a branch, tag or commit on the Hub")
     model.add_argument("--raw", action="store_true", help="take prompts as they are, no template")
+
+    steered = argparse.ArgumentParser(add_help=False)
+    steered.add_argument("prompts", metavar="PROMPT", nargs="+", help="- reads one a line")
+    steered.add_argument(
+        "--steer",
+        metavar="SPEC",
+        action="append",
+        type=parse_steer,
+        default=[],
+        help=f"a plan.json, or {SPEC_FORM}; repeat for several edits, in order. VERB is one of "
+        f"{', '.join(VERBS)}; NUMBER is the weight for add, the share of the way (1) for the next "
+        f"three; WHERE one of {', '.join(WINDOWS)}",
+    )
+
+    one = commands.add_parser("demo", help="steer the embedded model: tables and texts, a minute")
+    one.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    one.set_defaults(run=lambda options: run_demo(options.json))
 
     one = commands.add_parser(
         "extract", parents=[model], help="pairs of prompts in, a steering vector out"
@@ -80,21 +110,15 @@ def parser() -> argparse.ArgumentParser:
         help='one {"with": PROMPT, "without": PROMPT} a line: with the instruction, without it',
     )
     one.add_argument("-o", "--output", required=True, metavar="V.safetensors")
+    one.add_argument("--method", choices=METHODS, default="mean", help="mean (default) or pca")
+    one.add_argument(
+        "--name", default="", help="what to call the vector (default: the file's name)"
+    )
     one.add_argument("--batch-size", type=int, default=16, help="prompts run together (16)")
     one.set_defaults(run=run_extract)
 
-    one = commands.add_parser("generate", parents=[model], help="answer prompts, steered")
-    one.add_argument("prompts", metavar="PROMPT", nargs="+", help="- reads one a line from stdin")
-    one.add_argument(
-        "--steer",
-        metavar="SPEC",
-        action="append",
-        type=parse_spec,
-        default=[],
-        help=f"{SPEC_FORM}; repeat for several edits, in order. VERB is one of {', '.join(VERBS)}; "
-        "NUMBER is the weight for add, the share of the way (1) for the next three; "
-        f"WHERE one of {', '.join(WINDOWS)}",
-    )
+    parents = [model, steered]
+    one = commands.add_parser("generate", parents=parents, help="answer prompts, steered")
     one.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="128")
     one.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     one.add_argument("--top-k", type=int, help="draw from so many tokens, with a temperature")
@@ -108,37 +132,71 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     one.set_defaults(run=run_generate)
 
+    one = commands.add_parser("explain", parents=parents, help="what edits do, token by token")
+    one.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="go on so far (0)")
+    one.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    one.set_defaults(run=run_explain)
+
     one = commands.add_parser("inspect", help="what a vector file or a model holds")
-    one.add_argument("what", metavar="FILE_OR_MODEL")
+    one.add_argument("what", metavar="FILE_OR_MODEL", nargs="?", default=MODEL)
     one.add_argument("--revision", help="a branch, tag or commit on the Hub")
     one.set_defaults(run=run_inspect)
     return top
 
 
-def parse_spec(spec: str) -> dict[str, str | None]:
-    """FILE@LAYER:VERB[=NUMBER][:WHERE] -> its parts; argparse reports what does not fit."""
+def parse_steer(spec: str) -> str | dict[str, Any]:
+    """A plan's file as it is, or FILE@LAYER:VERB[=NUMBER][:WHERE] as an entry of a plan.
+
+    argparse reports what does not fit.
+    """
+    if spec.endswith(".json"):
+        return spec
     match = SPEC.fullmatch(spec)
     if not match:
-        raise argparse.ArgumentTypeError(f"{spec!r} is not {SPEC_FORM}, as in v.safetensors@12:add")
-    parts = match.groupdict()
-    if parts["verb"] not in VERBS:
-        raise argparse.ArgumentTypeError(f"{parts['verb']!r} is none of {', '.join(VERBS)}")
-    if parts["where"] and parts["where"] not in WINDOWS:
-        raise argparse.ArgumentTypeError(f"{parts['where']!r} is none of {', '.join(WINDOWS)}")
-    if parts["number"] is not None:
-        if parts["verb"] == "ablate":
-            raise argparse.ArgumentTypeError("ablate takes no number")
+        raise argparse.ArgumentTypeError(
+            f"{spec!r} is no plan.json and not {SPEC_FORM}, as in v.safetensors@12:add"
+        )
+    file, layer, verb, number, where = match.group("file", "layer", "verb", "number", "where")
+    if verb not in VERBS:
+        raise argparse.ArgumentTypeError(f"{verb!r} is none of {', '.join(VERBS)}")
+    if where and where not in WINDOWS:
+        raise argparse.ArgumentTypeError(f"{where!r} is none of {', '.join(WINDOWS)}")
+    edit: dict[str, Any] = {"vector": file, "layer": int(layer), "verb": verb}
+    if number is not None:
+        if not VERBS[verb]:
+            raise argparse.ArgumentTypeError(f"{verb} takes no number")
         try:
-            float(parts["number"])
+            edit[VERBS[verb][0]] = float(number)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{parts['number']!r} is no number") from None
-    return parts
+            raise argparse.ArgumentTypeError(f"{number!r} is no number") from None
+    return edit | ({"where": where} if where else {})
 
 
-def make_edit(parts: dict[str, str | None]) -> Edit:
-    direction = SteeringVector.load(parts["file"]).at(int(parts["layer"]))
-    numbers = [] if parts["number"] is None else [float(parts["number"])]
-    return getattr(direction, parts["verb"])(*numbers, where=parts["where"] or "all")
+def read_edits(options: argparse.Namespace) -> list[Edit]:
+    """What --steer says, checked against the model's configuration before weights are read."""
+    steer = []
+    for spec in options.steer:
+        if isinstance(spec, str):
+            steer += load_plan(spec)
+        else:
+            steer.append(make_edit(SteeringVector.load(spec["vector"]), spec))
+    if steer:
+        config = load_config(fetch(options.model, options.revision, weights=False))
+        check_fit([steer], config.n_layers, config.dim)
+    return steer
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompts != ["-"]:
+        return options.prompts
+    prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("there are no prompts on the standard input")
+    return prompts
+
+
+def load_model(options: argparse.Namespace) -> LanguageModel:
+    return load(options.model, options.dtype, options.device, options.revision)
 
 
 def read_pairs(path: Path) -> tuple[list[str], list[str]]:
@@ -173,28 +231,26 @@ def run_extract(options: argparse.Namespace) -> None:
     if output.is_dir() or not output.parent.is_dir():
         kind = "is a folder" if output.is_dir() else "lies in no folder"
         raise FileNotFoundError(f"{options.output} {kind}: -o names the file to write")
-    model = load(options.model, options.dtype, options.device, options.revision)
-    settings = {"chat": not options.raw, "batch_size": options.batch_size}
-    vector = extract(model, with_instruction, without, **settings)
+    vector = extract(
+        load_model(options),
+        with_instruction,
+        without,
+        method=options.method,
+        name=options.name or output.stem,
+        chat=not options.raw,
+        batch_size=options.batch_size,
+    )
     vector.save(options.output)
     print(f"{options.output}: {vector}")
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    steer = [make_edit(parts) for parts in options.steer]
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
     settings = {name: getattr(options, name) for name in (*names, "batch_size")}
     settings["chat"] = not options.raw
-    Options(**settings)  # refuses what is out of range before anything is loaded, as does:
-    if steer:
-        config = load_config(fetch(options.model, options.revision, weights=False))
-        check_fit([steer], config.n_layers, config.dim)
-    prompts = options.prompts
-    if prompts == ["-"]:
-        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-        if not prompts:
-            raise ValueError("there are no prompts on the standard input")
-    model = load(options.model, options.dtype, options.device, options.revision)
+    Options(**settings)  # refuses what is out of range before anything is loaded
+    steer, prompts = read_edits(options), read_prompts(options)
+    model = load_model(options)
     heading = "\n> {}\n" if len(prompts) > 1 else ""
     if options.stream:
         for prompt in prompts:
@@ -210,44 +266,17 @@ def run_generate(options: argparse.Namespace) -> None:
             print(heading.format(prompt) + text)
 
 
+def run_explain(options: argparse.Namespace) -> None:
+    steer, prompts = read_edits(options), read_prompts(options)
+    settings = {"max_new_tokens": options.max_new_tokens, "chat": not options.raw}
+    rows = load_model(options).explain(prompts, steer, **settings)
+    for prompt, row in zip(prompts, rows, strict=True):
+        if options.json:
+            print(json.dumps({"prompt": prompt, **row.as_dict()}, ensure_ascii=False))
+        else:
+            print(f"> {prompt}\n{row}\n")
+
+
 def run_inspect(options: argparse.Namespace) -> None:
     what = options.what
     print(inspect_file(what) if Path(what).is_file() else inspect_model(what, options.revision))
-
-
-def inspect_file(path: str) -> str:
-    vector = SteeringVector.load(path)
-    lines = [f"{path}: steering vector, {vector.n_layers} layers of width {vector.dim}"]
-    lines += [f"  {name}: {value}" for name, value in sorted(vector.metadata.items())]
-    lines += ["", "  layer      norm    target  baseline"]
-    for layer in range(vector.n_layers):
-        row = (float(t[layer]) for t in (vector.norms, vector.targets, vector.baselines))
-        lines.append(f"  {layer:>5}" + "".join(f"{value:>10.3f}" for value in row))
-    return "\n".join(lines)
-
-
-def inspect_model(source: str, revision: str | None) -> str:
-    """From its configuration and tokenizer alone: no weights are read or downloaded."""
-    folder = fetch(source, revision, weights=False)
-    c, tokenizer = load_config(folder), Tokenizer.load(folder)
-    with torch.device("meta"):
-        n_parameters = sum(p.numel() for p in Decoder(c).parameters())
-    cached = 2 * c.n_layers * c.n_kv_heads * c.head_dim  # numbers a token leaves in the cache
-    windows = [layer.window for layer in c.layers]
-    name = tokenizer.vocabulary.id_to_token
-    rows = {
-        "family": c.family,
-        "layers": f"{c.n_layers} (0 to {c.n_layers - 1}), width {c.dim}, MLP {c.hidden_dim}",
-        "heads": f"{c.n_heads} of {c.head_dim}, {c.n_kv_heads} for keys and values",
-        "vocabulary": f"{c.vocab_size}, head {'tied to the embedding' if c.tied else 'of its own'}",
-        "context": f"{c.context_length} tokens"
-        + "".join(f", {windows.count(w)} layers see {w}" for w in sorted({*windows} - {None})),
-        "parameters": f"{n_parameters / 1e6:,.1f} M, "
-        f"{2 * n_parameters / 1e6:,.0f} MB in bfloat16, {4 * n_parameters / 1e6:,.0f} in float32",
-        "cache": f"{2 * cached / 1024:,.0f} KiB a token in bfloat16, "
-        f"{4 * cached / 1024:,.0f} in float32",
-        "prompts": "chat template" if tokenizer.template else "no chat template: Q: ... A:",
-        "BOS": name(tokenizer.bos_id) if tokenizer.adds_bos else "none added",
-        "stops at": ", ".join(name(i) or str(i) for i in sorted(tokenizer.stop_ids)) or "nothing",
-    }
-    return "\n".join([f"{source}: model"] + [f"  {key}: {value}" for key, value in rows.items()])

@@ -1,11 +1,14 @@
-"""Steering vectors from pairs of prompts: the mean difference of last-token residuals.
+"""Steering vectors from pairs of prompts with and without an instruction.
 
 The method of Stolfo et al. (ICLR 2025), section 2: the residual stream after every block, at the
-last token of the formatted prompt, averaged with the instruction and without it.
+last token of the formatted prompt; the mean over the prompts with the instruction minus that
+without. The other method, "pca", is the differences' first principal direction.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +18,14 @@ from tqdm import tqdm
 from tinysteer.generation import check_lengths
 from tinysteer.language_model import LanguageModel
 from tinysteer.model import Cache, Recorder
-from tinysteer.steering import SteeringVector
 from tinysteer.tokenizer import Prompt, pad
+from tinysteer.vectors import SteeringVector
 from tinysteer.version import VERSION
+
+METHODS = {
+    "mean": "mean difference of last-token residuals",
+    "pca": "first principal direction of the differences of last-token residuals, uncentred",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +34,9 @@ class MeanResiduals:
 
     mean: Tensor  # (n_layers, D) float32, on the CPU
     n: int
+    digest: str  # of the prompts
 
 
-@torch.no_grad()
 def mean_residuals(
     model: LanguageModel, prompts: Sequence[Prompt], *, chat: bool = True, batch_size: int = 16
 ) -> MeanResiduals:
@@ -37,33 +45,52 @@ def mean_residuals(
     Memory does not grow with the number of prompts. Keep the result to pair one set of base
     prompts with several instructions. ValueError for states that are not finite.
     """
+    total = torch.zeros(model.config.n_layers, model.config.dim)
+    for places, states in run_prompts(model, prompts, chat, batch_size):
+        counts = torch.tensor([len(place) for place in places], device=states.device)
+        total += (states * counts[:, None]).sum(1).cpu()
+    return MeanResiduals(total / len(prompts), len(prompts), digest(prompts))
+
+
+def all_residuals(
+    model: LanguageModel, prompts: Sequence[Prompt], chat: bool, batch_size: int
+) -> Tensor:
+    """What each prompt's last token carries after every block, (n_layers, N, D) on the CPU."""
+    found = torch.empty(model.config.n_layers, len(prompts), model.config.dim)
+    for places, states in run_prompts(model, prompts, chat, batch_size):
+        for row, place in enumerate(places):
+            found[:, place] = states[:, row, None].cpu()
+    return found
+
+
+@torch.no_grad()
+def run_prompts(
+    model: LanguageModel, prompts: Sequence[Prompt], chat: bool, batch_size: int
+) -> Iterator[tuple[list[list[int]], Tensor]]:
+    """Yield where each prompt of a batch stands in `prompts`, and its states (n_layers, B, D)."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list with at least one prompt")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     ids = [tuple(model.tokenizer.ids(prompt, chat)) for prompt in prompts]
     check_lengths(ids, [0] * len(ids), model.config.context_length)
-    counts = Counter(ids)
-    distinct = sorted(counts, key=len)
-    total = torch.zeros(
-        model.config.n_layers, model.config.dim, device=model.device, dtype=torch.float32
-    )
-    progress = tqdm(total=len(distinct), desc="prompts", unit="", disable=None)
-    for at in range(0, len(distinct), batch_size):
-        batch = distinct[at : at + batch_size]
-        states = last_residuals(model, batch).float()  # (n_layers, B, D)
-        finite = states.isfinite().all(-1)
-        if not finite.all():
-            layer, row = (~finite).nonzero()[0].tolist()
-            raise ValueError(
-                f"prompt {ids.index(batch[row])} gives NaN or infinite states at layer {layer} in "
-                f"{model.dtype}; load the model with dtype=torch.float32 or torch.bfloat16"
-            )
-        weights = torch.tensor([counts[row] for row in batch], device=model.device)
-        total += (states * weights[:, None]).sum(1)
-        progress.update(len(batch))
-    progress.close()
-    return MeanResiduals(total.cpu() / len(ids), len(ids))
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(ids):
+        places.setdefault(row, []).append(i)
+    distinct = sorted(places, key=len)
+    with tqdm(total=len(distinct), desc="prompts", unit="", disable=None) as progress:
+        for at in range(0, len(distinct), batch_size):
+            batch = distinct[at : at + batch_size]
+            states = last_residuals(model, batch).float()
+            finite = states.isfinite().all(-1)
+            if not finite.all():
+                layer, row = (~finite).nonzero()[0].tolist()
+                raise ValueError(
+                    f"prompt {places[batch[row]][0]} gives NaN or infinite states at layer {layer} "
+                    f"in {model.dtype}; load the model with dtype=torch.float32 or torch.bfloat16"
+                )
+            yield [places[row] for row in batch], states
+            progress.update(len(batch))
 
 
 def last_residuals(model: LanguageModel, ids: Sequence[Sequence[int]]) -> Tensor:
@@ -80,6 +107,8 @@ def extract(
     with_instruction: Sequence[Prompt] | MeanResiduals,
     without: Sequence[Prompt] | MeanResiduals,
     *,
+    method: str = "mean",
+    name: str = "",
     chat: bool = True,
     batch_size: int = 16,
 ) -> SteeringVector:
@@ -87,26 +116,62 @@ def extract(
 
     Either may be the `mean_residuals` of prompts run before. `target` is the mean projection of
     the states with the instruction (paper, section 2), `baseline` that of those without.
+
+    method: "mean", the mean difference; or "pca", the direction along which the pairs'
+    differences are largest in the mean square (uncentred), pointing the mean difference's way,
+    which keeps every prompt's states: 8 n_layers D bytes a pair. name: what to call the vector.
     """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(map(repr, METHODS))}")
     sides = {"with_instruction": with_instruction, "without": without}
     sizes = {k: s.n if isinstance(s, MeanResiduals) else len(s) for k, s in sides.items()}
     if len(set(sizes.values())) > 1:
         seen = " and ".join(f"{n} {name}" for name, n in sizes.items())
         raise ValueError(f"prompts come in pairs, but there are {seen}")
-    means = {
-        name: side
+    means = [key for key, side in sides.items() if isinstance(side, MeanResiduals)]
+    if means and method != "mean":
+        raise ValueError(f"method {method!r} needs the prompts of {means[0]}, not their mean")
+    run = mean_residuals if method == "mean" else all_residuals
+    found = [
+        side
         if isinstance(side, MeanResiduals)
-        else mean_residuals(model, side, chat=chat, batch_size=batch_size)
-        for name, side in sides.items()
-    }
+        else run(model, side, chat=chat, batch_size=batch_size)
+        for side in sides.values()
+    ]
+    digests = [s.digest if isinstance(s, MeanResiduals) else digest(s) for s in sides.values()]
     metadata = {
+        "name": name,
         "model": model.name,
-        "method": "mean difference of last-token residuals",
-        "pairs": str(means["without"].n),
+        "revision": model.revision,
+        "method": METHODS[method],
+        "pairs": str(sizes["without"]),
+        "pairs_sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "prompts": "as they are" if not chat else "formatted",
         "dtype": str(model.dtype).removeprefix("torch."),
+        "date": datetime.date.today().isoformat(),
         "tinysteer": VERSION,
     }
-    means = means["with_instruction"].mean, means["without"].mean
+    metadata = {key: value for key, value in metadata.items() if value}
+    means = [side.mean if method == "mean" else side.mean(1) for side in found]
     if torch.equal(*means):
         raise ValueError("the prompts with the instruction are the same as those without it")
-    return SteeringVector.from_means(*means, metadata)
+    if method == "mean":
+        return SteeringVector.from_means(*means, metadata)
+    return SteeringVector.along(principal(found[0] - found[1]), *means, metadata)
+
+
+def principal(differences: Tensor) -> Tensor:
+    """Differences of pairs (n_layers, N, D) -> their first principal directions (n_layers, D)."""
+    found = []
+    for x in differences.double():
+        N, D = x.shape
+        _, vectors = torch.linalg.eigh(x @ x.T if N < D else x.T @ x)  # the smaller of the two
+        u = x.T @ vectors[:, -1] if N < D else vectors[:, -1]
+        found.append(u if u @ x.mean(0) >= 0 else -u)
+    return torch.stack(found)
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of prompts, in order."""
+    text = json.dumps(list(prompts), ensure_ascii=False, default=dict)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

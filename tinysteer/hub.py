@@ -1,4 +1,4 @@
-"""A model's files: a folder, or a Hugging Face Hub id downloaded into the Hub's own cache."""
+"""A model's files: embedded in the package, in a folder, or downloaded into the Hub's own cache."""
 
 from pathlib import Path
 
@@ -12,19 +12,23 @@ TEXT = (
     "chat_template.json",
 )
 CONFIG = ("config.json", "generation_config.json")
+ASSETS = Path(__file__).with_name("assets")
+EMBEDDED = ("tiny-instruct", "tiny-base")  # models that come with the package
 
 
 def fetch(source: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder with the files of `source`, a folder itself or a Hub id ("owner/name").
+    """The folder with the files of `source`: an EMBEDDED name, a folder, or a Hub id.
 
     Downloads what is missing from the Hub's cache, with progress bars; without a network the
     cache alone serves. A token in HF_TOKEN, or saved by `hf auth login`, is used. Errors say
     what to do: FileNotFoundError, PermissionError, ConnectionError.
     """
-    folder = Path(source).expanduser()
+    embedded = str(source) in EMBEDDED
+    folder = ASSETS / source if embedded else Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for Hub ids; {source} is a folder")
+            kind = "comes with the package" if embedded else "is a folder"
+            raise ValueError(f"revision={revision!r} is for Hub ids; {source} {kind}")
         return folder
     from huggingface_hub import errors, snapshot_download  # 0.2 s that a folder need not pay
 
@@ -51,11 +55,15 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub") from None
     except (OSError, errors.HTTPError) as error:  # the latter is the HTTP client's own
-        raise explain(error, source) from None
+        unreachable = (
+            f"there is no folder {source}, the Hub's cache here does not hold all of that model, "
+            "and the Hub cannot be reached: connect, or pass the folder of a model"
+        )
+        raise explain(error, source, unreachable) from None
     return Path(found)
 
 
-def explain(error: Exception, source: str | Path) -> Exception:
+def explain(error: Exception, source: str | Path, unreachable: str) -> Exception:
     """What to raise for an error of the network, of the Hub or of this machine's disk."""
     cause = error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -66,8 +74,4 @@ def explain(error: Exception, source: str | Path) -> Exception:
         )
     if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
         return error  # the disk's own words: no space, no permission
-    return ConnectionError(
-        f"there is no folder {source}, the Hub's cache here does not hold all of that model, and "
-        "the Hub cannot be reached: connect, or pass the folder of a model "
-        f"({status or type(cause).__name__})"
-    )
+    return ConnectionError(f"{unreachable} ({status or type(cause).__name__})")

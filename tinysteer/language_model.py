@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from tinysteer import generation
 from tinysteer.config import Config
+from tinysteer.edits import Edit
+from tinysteer.explanation import Explanation, explain
 from tinysteer.model import CHUNK, Cache, Decoder, Recorder
 from tinysteer.sampling import Sampler, greedy
-from tinysteer.steering import Edit, Steer, check_fit, per_row, seam
+from tinysteer.steering import Steer, check_fit, per_row, seam
 from tinysteer.streaming import TextStream
 from tinysteer.tokenizer import Prompt, Tokenizer
 
@@ -23,8 +25,9 @@ class LanguageModel:
     `vector.at(layer)`: a list for all prompts, in order, or one list a prompt.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, name: str = ""):
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, name: str = "", revision: str = ""):
         self.decoder, self.tokenizer, self.name = decoder, tokenizer, name
+        self.revision = revision  # a commit of the Hub, or of the embedded models the version
 
     @property
     def config(self) -> Config:
@@ -105,6 +108,26 @@ class LanguageModel:
             for row, piece in pieces:
                 yield batch[row], piece
 
+    def explain(
+        self,
+        prompts: str | Sequence[Prompt],
+        steer: Steer = None,
+        *,
+        max_new_tokens: int = 0,
+        chat: bool = True,
+    ) -> list[Explanation]:
+        """Which tokens the edits move, at which layers and how far: one `Explanation` a prompt.
+
+        The prompts are run as one padded batch; with max_new_tokens their greedy continuations,
+        made with the edits, are shown too. Errors as for `complete`.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        ids = [self.tokenizer.ids(prompt, chat) for prompt in prompts]
+        edits = self._edits(steer, len(ids))
+        limits = generation.Options(max_new_tokens).per_prompt("max_new_tokens", len(ids))
+        generation.check_lengths(ids, limits, self.config.context_length)
+        return explain(self.decoder, self.tokenizer, ids, edits, max(limits))
+
     @torch.no_grad()
     def logits(
         self,
@@ -168,5 +191,5 @@ class LanguageModel:
 
     def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:
         rows = per_row(steer, n_rows)
-        check_fit(rows, self.config.n_layers, self.config.dim)
+        check_fit(rows, self.config.n_layers, self.config.dim, self.name, self.revision)
         return rows

@@ -77,9 +77,23 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor) -> Tensor:
         raise ValueError(f"position is {tuple(position.shape)}, x has {B} rows of {T} positions")
     if len(edits.index) != B:
         raise ValueError(f"edits are for {len(edits.index)} rows, x has {B}")
-    h = x.float()
-    u = bank[edits.index.long().clamp(min=0)].float()  # (B, K, D)
-    u = torch.where((edits.index >= 0)[..., None], u, 0.0)  # another row's NaN stays with it
+    h, u = x.float(), directions(bank, edits)
+    d = moves(h, u, edits, position)
+    moved = (d != 0).any(-1, keepdim=True)
+    return x.copy_(torch.where(moved, (h + d @ u).to(x.dtype), x))
+
+
+def directions(bank: Tensor, edits: Edits) -> Tensor:
+    """The direction of every edit, (B, K, D) float32, zeros where a row has none."""
+    u = bank[edits.index.long().clamp(min=0)].float()
+    return torch.where((edits.index >= 0)[..., None], u, 0.0)  # another row's NaN stays with it
+
+
+def moves(h: Tensor, u: Tensor, edits: Edits, position: Tensor) -> Tensor:
+    """d of every edit at every position, (B, T, K), 0 where it does not act.
+
+    h (B, T, D) and u (B, K, D) float32, position (B, T) int32.
+    """
     p = h @ u.mT  # (B, T, K)
     d = torch.zeros_like(p)
     at = position[..., None]
@@ -89,5 +103,4 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor) -> Tensor:
         move = edits.bias[:, k, None] - edits.slope[:, k, None] * seen
         move = move.clamp(edits.low[:, k, None], edits.high[:, k, None])
         d[..., k] = move.where(acts[..., k], 0.0)
-    moved = (d != 0).any(-1, keepdim=True)
-    return x.copy_(torch.where(moved, (h + d @ u).to(x.dtype), x))
+    return d

@@ -1,0 +1,79 @@
+"""Which layer to steer: sweeps, the paper's rule, and the perplexity that the rule needs.
+
+Stolfo et al. (ICLR 2025), section 4: steer at every second layer, and take the one where most
+answers follow the instruction, unless some answer there is so predictable that it must repeat
+itself.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from tinysteer.edits import Edit
+from tinysteer.language_model import LanguageModel
+from tinysteer.tokenizer import Prompt, pad
+
+LOW_PERPLEXITY = 2.5  # the paper's, under GPT-2: text that repeats itself is easy to predict
+WINDOW = 1024  # tokens of a text that count, its last ones (paper)
+
+
+def sweep_layers(n_layers: int, step: int = 2) -> list[int | None]:
+    """What the paper tries: no steering (None), then every second layer from a fifth upwards."""
+    return [None, *range(n_layers // 5, n_layers, step)]
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def sweep(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    settings: Mapping[Key, Sequence[Edit]],
+    **options,
+) -> dict[Key, list[str]]:
+    """Answer all prompts under every setting, in one pass over shared batches.
+
+    settings: name -> edits; options: as for `complete`. Returns name -> one answer a prompt.
+    """
+    rows = [list(edits) for edits in settings.values() for _ in prompts]
+    texts = model.complete(list(prompts) * len(settings), rows, **options)
+    n = len(prompts)
+    return {key: texts[i * n : (i + 1) * n] for i, key in enumerate(settings)}
+
+
+def choose_layer(
+    accuracy: Mapping[int | None, float],
+    low: Mapping[int | None, float],
+    allowed: float = 0.0,
+) -> int | None:
+    """The layer of the highest accuracy, or None for no steering, which wins ties.
+
+    low: the share of a layer's texts of too low perplexity; above `allowed` its accuracy is 0.
+    Among equal layers the lowest wins.
+    """
+    found = {layer: 0.0 if low[layer] > allowed else accuracy[layer] for layer in accuracy}
+    order = sorted(found, key=lambda layer: -1 if layer is None else layer)
+    return max(order, key=found.__getitem__)
+
+
+@torch.no_grad()
+def perplexity(judge: LanguageModel, texts: Sequence[str], *, batch_size: int = 32) -> list[float]:
+    """exp of the mean negative log-likelihood of each text's last WINDOW tokens under a model.
+
+    Of the texts alone, without a prompt. A text of fewer than two tokens has none to predict,
+    and counts as 1 (paper).
+    """
+    window = min(WINDOW, judge.config.context_length)
+    ids = [judge.tokenizer.encode(text)[-window:] for text in texts]
+    found = [1.0] * len(ids)
+    order = sorted((i for i in range(len(ids)) if len(ids[i]) > 1), key=lambda i: len(ids[i]))
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        tokens, start = pad([ids[i] for i in batch])
+        logits = judge.logits(tokens, start=start)[:, :-1].cpu()
+        losses = F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")  # (B, T - 1)
+        for row, i in enumerate(batch):
+            found[i] = losses[row, int(start[row]) :].mean().exp().item()
+    return found
