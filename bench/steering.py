@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from common import table, where
 
 import tinysteer as ts
@@ -60,12 +59,6 @@ def extract(model: ts.LanguageModel, name: str) -> ts.SteeringVector:
     return ts.extract(model, [row["with"] for row in rows], [row["without"] for row in rows])
 
 
-def random_like(direction: ts.Direction) -> ts.Direction:
-    torch.manual_seed(0)
-    u = torch.nn.functional.normalize(torch.randn_like(direction.direction), dim=0)
-    return ts.Direction(direction.layer, u, direction.norm, direction.target, direction.baseline)
-
-
 def words(texts: list[str]) -> float:
     return sum(len(text.split()) for text in texts) / len(texts)
 
@@ -95,7 +88,8 @@ def main() -> None:
     def complete(prompts, *steer):
         return model.complete(prompts, steer, max_new_tokens=96)
 
-    concise = extract(model, "concise").at(15)
+    vector = extract(model, "concise")
+    concise = vector.at(15)
     asked = [prompt + CONCISE for prompt in PROMPTS]
     plain, steered = complete(PROMPTS), complete(PROMPTS, concise.add())
     ways = {
@@ -103,14 +97,15 @@ def main() -> None:
         "steered": steered,
         "asked": complete(asked),
         "both": complete(asked, concise.add()),
-        "a random direction": complete(PROMPTS, random_like(concise).add()),
+        "a random direction": complete(PROMPTS, vector.random_like().at(15).add()),
     }
     rows = [[name, *(f"{words(part):.1f}" for part in (t, t[12:]))] for name, t in ways.items()]
     print(table(["concise, mean words", "24 prompts", "the second 12"], rows), end="\n\n")
 
-    as_json = extract(model, "json").at(17)
+    vector = extract(model, "json")
+    as_json = vector.at(17)
     asked = [prompt + wording for prompt in PROMPTS[:12] for wording in JSON]
-    control, weight = random_like(as_json), 0.75 * as_json.norm
+    control, weight = vector.random_like().at(17), 0.75 * as_json.norm
     ways = {
         "steered": complete(PROMPTS[:12], as_json.add(weight)),
         "asked": complete(asked),

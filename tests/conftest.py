@@ -10,6 +10,7 @@ import torch
 from checkpoints import VARIANTS, make_checkpoint
 
 import tinysteer as ts
+from tinysteer.miniatures import FORMATS, Lab
 
 REAL = ("smollm2", "gemma3")
 torch.set_num_threads(1)  # tiny models lose by more
@@ -48,6 +49,24 @@ def pair(request, checkpoint):
 def model(checkpoint):
     """One tiny random model, where the family does not matter."""
     return ts.load(checkpoint("llama: grouped heads")[0], dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """The embedded models with the demo's questions."""
+    return Lab.load()
+
+
+@pytest.fixture(scope="session")
+def tiny(lab):
+    """A small trained model, where behaviour matters: tiny-instruct, float32."""
+    return lab.model
+
+
+@pytest.fixture(scope="session")
+def vectors(lab):
+    """Vectors of tiny-instruct by the name of their instruction."""
+    return {name: lab.vector(name) for name in (*FORMATS, "brief")}
 
 
 def real_folder(name: str) -> Path:

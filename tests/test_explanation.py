@@ -52,10 +52,23 @@ def test_new_tokens_are_those_of_complete(model, vector):
     (said,) = model.explain("hello", edits, max_new_tokens=4)
     text = model.complete("hello", edits, max_new_tokens=4)[0]
     new = [token for token, at in zip(said.tokens, said.positions, strict=True) if (at or 0) > 0]
-    assert "".join(map(eval, new[: len(text)])).startswith(text)
+    assert model.tokenizer.decode(map(model.tokenizer.vocabulary.token_to_id, new)) == text
     where = [at for at, d in zip(said.positions, said.d[0].tolist(), strict=True) if d]
     assert where == [0, 1]
     assert said.d[1].tolist() == [float(at < 0) for at in said.positions]
+
+
+def test_the_last_new_token_is_never_run_so_nothing_moves_it(model, vector):
+    (said,) = model.explain("hello", [vector.at(1).add(1.0)], max_new_tokens=2)
+    assert said.positions[-2:] == [1, 2]
+    assert said.d[0, -3:].tolist() == [1.0, 1.0, 0.0]
+
+
+def test_a_token_that_is_a_lines_end_stays_in_its_row(model, vector):
+    model.tokenizer.vocabulary.add_tokens(["\n\n"])
+    (said,) = model.explain("a\n\nb", [vector.at(1).add()], chat=False)
+    assert "\\n\\n" in said.tokens
+    assert len(str(said).split("\n")) == 3 + len(said.tokens)
 
 
 def test_the_table_marks_padding_and_the_last_prompt_token(model, vector):
@@ -88,5 +101,8 @@ def test_the_command_prints_it(model, checkpoint, vector, tmp_path, capsys):
 def test_what_cannot_be_run_is_refused(model, vector):
     with pytest.raises(ValueError, match="exceed the model's context"):
         model.explain("x", max_new_tokens=1000)
+    with pytest.raises(ValueError, match="prompts must be a string or a list"):
+        model.explain(None)
+    assert model.explain([]) == []
     with pytest.raises(ValueError, match="2 lists of edits for 1 prompts"):
         model.explain("x", [[], []])

@@ -39,7 +39,7 @@ def test_batches_change_nothing(model):
     torch.testing.assert_close(one.targets, all_.targets)
 
 
-def test_base_prompts_may_be_run_once_for_several_instructions(model, monkeypatch):
+def test_base_prompts_may_be_run_once_for_several_instructions(model):
     base = ts.mean_residuals(model, BASES, chat=False)
     assert base.n == 5
     assert base.mean.shape == (4, 48)
@@ -133,6 +133,8 @@ def test_pairs_that_are_none_are_refused(model):
     base = ts.mean_residuals(model, BASES)
     with pytest.raises(ValueError, match="'pca' needs the prompts of without, not their mean"):
         ts.extract(model, WITH, base, method="pca")
+    with pytest.raises(ValueError, match="without was measured on another model, or with another"):
+        ts.extract(model, WITH, base, chat=False)
     with pytest.raises(ValueError, match="batch_size is -1"):
         ts.extract(model, WITH, BASES, batch_size=-1)
     with pytest.raises(ValueError, match="at least one prompt"):

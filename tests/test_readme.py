@@ -1,34 +1,54 @@
-"""What README shows is run: its Python, and its commands as far as their grammar."""
+"""What README shows is run: its Python, its plan, and its commands as far as their grammar."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
-import pytest
-from conftest import real_folder
+import torch
 
+import tinysteer as ts
 from tinysteer.cli import parser
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-FIRST, SECOND = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:2]
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python" and "block(" not in text]
 
 
-@pytest.mark.real
-def test_the_python_examples_run_and_steer(monkeypatch, tmp_path):
-    folder = real_folder("smollm2")
-    scope = {"open": lambda path: (ROOT / path).open(encoding="utf-8")}
-    exec(FIRST.replace(MODEL, str(folder)), scope)
-    assert 0 < len(scope["steered"].split()) < len(scope["plain"].split()) / 2
+def test_the_python_examples_run_and_steer(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(SECOND, scope)
-    assert (tmp_path / "concise.safetensors").exists()
+    scope = {}
+    first, *others = PYTHON
+    exec(first, scope)
+    assert scope["steered"].isupper()
+    assert not scope["plain"].isupper()
+    capsys.readouterr()
+    for text in others:
+        exec(text, scope)
+    assert "<- last prompt token" in capsys.readouterr().out
+    assert ts.SteeringVector.load("shout.safetensors") == scope["shout"]
+
+
+def test_the_plan_can_be_read(tmp_path):
+    vector = ts.SteeringVector.from_means(torch.randn(6, 128), torch.zeros(6, 128))
+    (plan,) = (json.loads(text) for language, text in BLOCKS if language == "json")
+    for entry in plan["edits"]:
+        vector.save(tmp_path / entry["vector"])
+    first, second = ts.load_plan(plan, folder=tmp_path)
+    assert first == vector.at(3).to_target(0.8)
+    assert second.move.bias == plan["edits"][1]["weight"]
 
 
 def test_every_command_is_one():
-    shell = README.replace("&&\n", "\n")
-    commands = re.findall(r"^ +(tinysteer .*)$", shell, flags=re.MULTILINE)
-    assert len(commands) == 2
+    shell = "\n".join(text for language, text in BLOCKS if language == "sh")
+    commands = re.findall(r"(?:^|&& )(tinysteer .*)$", shell, flags=re.MULTILINE)
+    assert len(commands) == 5
     for command in commands:
         parser().parse_args(shlex.split(command)[1:])
+
+
+def test_the_first_output_is_the_demos():
+    shown = next(text for language, text in BLOCKS if not language)
+    assert shown.startswith("<tiny-instruct: llama, 6 layers of width 128, float32>")
+    for title in ("FORMATS", "MEAN WORDS", "A WORD", "TWO AT ONCE", "ANOTHER MODEL"):
+        assert title in shown

@@ -122,12 +122,37 @@ def test_a_vector_says_what_it_is(model):
 
 def test_a_random_vector_is_as_long_and_points_elsewhere(a):
     control = a.random_like(seed=1)
-    for name in ("norms", "targets", "baselines"):
-        assert torch.equal(getattr(control, name), getattr(a, name))
+    assert torch.equal(control.norms, a.norms)
     torch.testing.assert_close(control.directions.norm(dim=-1), torch.ones(4))
     assert (control.directions * a.directions).sum(-1).abs().max() < 0.5
     assert control == a.random_like(seed=1)
     assert control != a.random_like(seed=2)
+    assert "random" in control.label
+
+
+def test_a_random_target_is_as_far_from_the_states_without_the_instruction(a):
+    without = torch.randn(4, 48, generator=torch.Generator().manual_seed(5))
+    v = a.random_like(1, without).at(2)
+    assert v.baseline == pytest.approx(float(without[2] @ v.direction), abs=1e-5)
+    assert v.target == pytest.approx(v.baseline + a.at(2).norm, rel=1e-5)
+
+
+def test_what_rounding_leaves_of_equal_vectors_is_no_direction(a, b):
+    left = (a + b) - b - a
+    assert not left.norms.any()
+    assert not (1e-3 * a - 0.001 * a).norms.any()
+    assert (1e-42 * a).norms.max() < 1e-40
+
+
+def test_a_sum_claims_no_more_than_its_terms(model, a):
+    named = ts.extract(model, ["p q"], ["p"], name="json")
+    other = ts.extract(model, ["r q"], ["r"], name="terse")
+    assert (named - other).label == "json - terse"
+    assert (named + named).label == "json + json"
+    assert "model" not in (named + a).metadata
+    assert "pairs_sha256" not in (a + named).metadata
+    other.metadata["revision"], named.metadata["revision"] = "b" * 40, "c" * 40
+    assert (named + other).origin.made_for == "tiny@cccccccc and bbbbbbbb"
 
 
 def test_a_vector_made_for_another_model_of_the_same_shape_warns(checkpoint):

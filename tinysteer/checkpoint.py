@@ -1,5 +1,6 @@
 """Safetensors files, one or in shards, of a folder or the Hub -> a language model in memory."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,10 @@ from tqdm import tqdm
 
 from tinysteer.config import Config
 from tinysteer.families import FAMILIES, IGNORED, TEXT_PREFIX, read_config
-from tinysteer.hub import EMBEDDED, fetch
+from tinysteer.hub import EMBEDDED, fetch, is_embedded
 from tinysteer.language_model import LanguageModel
 from tinysteer.model import Decoder
 from tinysteer.tokenizer import Tokenizer, read_json
-from tinysteer.version import VERSION
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -22,7 +22,7 @@ CURE = "is it complete, and is its config.json its own?"
 
 
 def load(
-    source: str | Path = "tiny-instruct",
+    source: str | Path = EMBEDDED[0],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
@@ -41,8 +41,9 @@ def load(
     config = load_config(folder)
     tokenizer = Tokenizer.load(folder)
     decoder = load_decoder(folder, config, dtype, device)
-    if str(source) in EMBEDDED:
-        return LanguageModel(decoder, tokenizer, str(source), VERSION)
+    if is_embedded(source):
+        revision = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        return LanguageModel(decoder, tokenizer, str(source), revision)
     if Path(source).expanduser().is_dir():
         return LanguageModel(decoder, tokenizer, folder.resolve().name)
     return LanguageModel(decoder, tokenizer, str(source), folder.name)  # named by its commit

@@ -22,9 +22,8 @@ from tinysteer.generation import Options
 from tinysteer.hub import EMBEDDED, fetch
 from tinysteer.inspection import inspect_file, inspect_model
 from tinysteer.language_model import LanguageModel
-from tinysteer.plan import VERBS, load_plan, make_edit
+from tinysteer.plan import VERBS, load_plan
 from tinysteer.steering import check_fit
-from tinysteer.vectors import SteeringVector
 from tinysteer.version import VERSION
 
 # What a line of a pairs file may call its two prompts; the second is how the paper's data do.
@@ -145,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_steer(spec: str) -> str | dict[str, Any]:
-    """A plan's file as it is, or FILE@LAYER:VERB[=NUMBER][:WHERE] as an entry of a plan.
+    """A plan's file as it is, or FILE@LAYER:VERB[=NUMBER][:WHERE] as a plan of one edit.
 
     argparse reports what does not fit.
     """
@@ -169,17 +168,12 @@ def parse_steer(spec: str) -> str | dict[str, Any]:
             edit[VERBS[verb][0]] = float(number)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{number!r} is no number") from None
-    return edit | ({"where": where} if where else {})
+    return {"edits": [edit | ({"where": where} if where else {})]}
 
 
 def read_edits(options: argparse.Namespace) -> list[Edit]:
     """What --steer says, checked against the model's configuration before weights are read."""
-    steer = []
-    for spec in options.steer:
-        if isinstance(spec, str):
-            steer += load_plan(spec)
-        else:
-            steer.append(make_edit(SteeringVector.load(spec["vector"]), spec))
+    steer = [edit for plan in options.steer for edit in load_plan(plan)]
     if steer:
         config = load_config(fetch(options.model, options.revision, weights=False))
         check_fit([steer], config.n_layers, config.dim)
@@ -213,7 +207,7 @@ def read_pairs(path: Path) -> tuple[list[str], list[str]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
         keys = next((k for k in PAIR_KEYS if isinstance(row, dict) and row.keys() >= {*k}), None)
         if keys is None or not all(isinstance(row[key], str) for key in keys):
@@ -231,6 +225,8 @@ def run_extract(options: argparse.Namespace) -> None:
     if output.is_dir() or not output.parent.is_dir():
         kind = "is a folder" if output.is_dir() else "lies in no folder"
         raise FileNotFoundError(f"{options.output} {kind}: -o names the file to write")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise PermissionError(f"{options.output} cannot be written")
     vector = extract(
         load_model(options),
         with_instruction,

@@ -1,44 +1,80 @@
-"""The demo: the paper's method and its experiments in miniature, on the embedded models.
-
-Vectors, layers and weights come from topics on which tiny-instruct was trained; every number is of
-topics on which neither model ever met an instruction. tiny-instruct is steered everywhere but in
-the last table, where its vectors steer tiny-base.
-"""
+"""`tinysteer demo`: steering at work on the embedded models, in tables and texts."""
 
 import json
-import statistics
-from collections.abc import Callable, Sequence
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
 
-GENERATION = {"max_new_tokens": 144, "batch_size": 128}
-LOW_PERPLEXITY = 1.15  # under tiny-base; plain answers in its language have about 1.7
-WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of a brevity or word vector, in units of its norm
+import torch
 
-
-def is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+from tinysteer import miniatures
+from tinysteer.miniatures import FORMATS, Lab, Table
 
 
-FORMATS: dict[str, Callable[[str], bool]] = {
-    "capitals": str.isupper,
-    "lowercase": str.islower,
-    "json": is_json,
-    "bullets": lambda text: all(line.startswith("- ") for line in text.split("\n")),
-    "quotes": lambda text: len(text) > 1 and text[0] == text[-1] == '"',
-    "no commas": lambda text: bool(text) and "," not in text,
-}
-PAIRS_OF_FORMATS = (("capitals", "bullets"), ("lowercase", "no commas"), ("capitals", "json"))
+def run_demo(as_json: bool) -> None:
+    """Print the demo, or with `as_json` its numbers and texts as one JSON object."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "steering tiny-base")  # the last table is about that
+        found = measure((lambda text: None) if as_json else lambda text: print(text, flush=True))
+    if as_json:
+        print(json.dumps(found, indent=1))
 
 
-def percent(check: Callable[[str], bool], texts: Sequence[str]) -> float:
-    return 100 * sum(map(check, texts)) / len(texts)
+def measure(say: Callable[[str], None]) -> dict[str, Any]:
+    """All tables and three texts, each said as soon as it is there -> the same as plain data."""
+    began = time.perf_counter()
+    lab = Lab.load()
+    vectors = {name: lab.vector(name) for name in FORMATS}
+    n_pairs, n = len(lab.tasks["pairs"]), len(lab.tasks["test"])
+    say(
+        f"{lab.model}\nVectors from {n_pairs} pairs each; answers to {n} questions about other "
+        "topics, in percent.\nneither: no instruction, no steering. random: two random directions. "
+        "asked: by the prompt.\nboth: by prompt and vector, where some layer improves on asking."
+    )
+    found: dict[str, Any] = {}
+    found["formats"], texts = miniatures.formats(lab, vectors)
+    say(table("FORMATS, by to_target", found["formats"]))
+    found["length"], brief = miniatures.brevity(lab)
+    say(table("MEAN WORDS of an answer, by adding so many norms of brevity", found["length"]))
+    found["words"] = miniatures.words(lab)
+    say(table("A WORD, by add", found["words"]))
+    layers = {name: row["layer"] for name, row in found["formats"].items()}
+    found["two at once"] = miniatures.two_at_once(lab, vectors, layers)
+    say(table("TWO AT ONCE, by to_target", found["two at once"]))
+    found["transfer"] = miniatures.transfer(lab, vectors)
+    say(table("ANOTHER MODEL: tiny-base, by tiny-instruct's vectors", found["transfer"]))
+
+    steered = {**texts, "brief": brief}
+    found["examples"] = [
+        {"question": question, "plain": lab.answers[i], name: steered[name][i]}
+        for i, (question, name) in enumerate(
+            zip(lab.questions("test"), ("capitals", "json", "brief"), strict=False)
+        )
+    ]
+    for example in found["examples"]:
+        question, *answers = example.items()
+        say("\n".join(["", f"> {question[1]}", *(f"{how}: {text}" for how, text in answers)]))
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    say(
+        f"\n{found['seconds']:.0f} s on {lab.model.device}, {os.cpu_count()} CPU cores, "
+        f"torch {torch.__version__}"
+    )
+    return found
 
 
-def mean_words(texts: Sequence[str]) -> float:
-    return statistics.mean(len(text.split()) for text in texts)
+def table(title: str, rows: Table) -> str:
+    columns = list(next(iter(rows.values())))
+    cells = [[name, *(cell(row[column]) for column in columns)] for name, row in rows.items()]
+    cells.insert(0, ["", *columns])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    )
+    return "\n".join(["", title, *lines])
 
 
-def run_demo(as_json: bool) -> None: ...
+def cell(value: float | int | None) -> str:
+    """Percentages and words are floats, layers are not; None is a layer too: no steering."""
+    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else f"{value}"

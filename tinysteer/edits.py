@@ -28,7 +28,8 @@ class Origin(NamedTuple):
 
     @property
     def made_for(self) -> str:
-        return f"{self.model}@{self.revision[:8]}" if self.revision else self.model
+        revisions = " and ".join(part[:8] for part in self.revision.split(" and "))
+        return f"{self.model}@{revisions}" if revisions else self.model
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinysteer.edits import Edit
@@ -19,7 +20,7 @@ class Explanation:
     Columns that hold padding have no token and no position, and are never edited.
     """
 
-    tokens: list[str | None]  # (T,), None for padding
+    tokens: list[str | None]  # (T,) as the vocabulary spells them, escaped; None for padding
     positions: list[int | None]  # (T,), counted from the last prompt token, 0
     edits: list[Edit]  # (K,), in order
     d: Tensor  # (K, T) float32: how far each edit moved each position along its direction
@@ -59,17 +60,21 @@ def explain(
     rows: Sequence[Sequence[Edit]],
     max_new_tokens: int,
 ) -> list[Explanation]:
-    """Run token ids with their edits, and greedily so many new tokens, and keep every move."""
+    """Run token ids with their edits, and greedily so many new tokens, and keep every move.
+
+    The last new token is never run, so nothing moves it.
+    """
     tokens, start = pad(prompts)
     B, T = tokens.shape
     tokens = tokens.to(decoder.embed.weight.device)
     steer = Explaining(rows, tokens.device)
     cache = Cache(decoder, start, T, T + max_new_tokens)
     x = decoder.prefill(tokens, cache, steer)
-    for _ in range(max_new_tokens):
+    for left in reversed(range(max_new_tokens)):
         chosen = decoder.logits(x)[:, -1].argmax(-1, keepdim=True)
         tokens = torch.cat([tokens, chosen], dim=1)
-        x = decoder(chosen, cache, steer)
+        if left:
+            x = decoder(chosen, cache, steer)
     d = {layer: torch.cat(parts, dim=1).cpu() for layer, parts in steer.d.items()}
     return [
         explain_row(tokenizer, tokens[b].tolist(), int(start[b]), T, rows[b], d, b)
@@ -86,18 +91,19 @@ def explain_row(
     d: dict[int, Tensor],
     b: int,
 ) -> Explanation:
-    """One row of a batch, cut after what ended its answer. d: of each layer, (B, T, K)."""
+    """One row of a batch, cut after what ended its answer. d: of each layer, (B, T or T - 1, K)."""
     end = next((t + 1 for t in range(prompt, len(ids)) if ids[t] in tokenizer.stop_ids), len(ids))
     place: dict[int, int] = {}  # of the next edit among its layer's
     moved = []
     for edit in edits:
         k = place.setdefault(edit.layer, 0)
         place[edit.layer] += 1
-        moved.append(d[edit.layer][b, :end, k])
-    texts = [tokenizer.decode([i]) or tokenizer.vocabulary.id_to_token(i) or "" for i in ids[:end]]
+        moved.append(F.pad(d[edit.layer][b, :, k], (0, 1))[:end])
     inside = range(start, end)
+    names = [tokenizer.vocabulary.id_to_token(i) or f"<{i}>" for i in ids[:end]]
+    names = [repr(name)[1:-1] for name in names]  # one may be a line's end
     return Explanation(
-        tokens=[repr(texts[t]) if t in inside else None for t in range(end)],
+        tokens=[names[t] if t in inside else None for t in range(end)],
         positions=[t - (prompt - 1) if t in inside else None for t in range(end)],
         edits=list(edits),
         d=torch.stack(moved) if moved else torch.zeros(0, end),

@@ -35,6 +35,7 @@ class MeanResiduals:
     mean: Tensor  # (n_layers, D) float32, on the CPU
     n: int
     digest: str  # of the prompts
+    source: tuple[str, str, bool]  # model, revision, whether the prompts were formatted
 
 
 def mean_residuals(
@@ -49,7 +50,8 @@ def mean_residuals(
     for places, states in run_prompts(model, prompts, chat, batch_size):
         counts = torch.tensor([len(place) for place in places], device=states.device)
         total += (states * counts[:, None]).sum(1).cpu()
-    return MeanResiduals(total / len(prompts), len(prompts), digest(prompts))
+    source = (model.name, model.revision, chat)
+    return MeanResiduals(total / len(prompts), len(prompts), digest(prompts), source)
 
 
 def all_residuals(
@@ -78,7 +80,7 @@ def run_prompts(
     for i, row in enumerate(ids):
         places.setdefault(row, []).append(i)
     distinct = sorted(places, key=len)
-    with tqdm(total=len(distinct), desc="prompts", unit="", disable=None) as progress:
+    with tqdm(total=len(distinct), desc="prompts", leave=False, disable=None) as progress:
         for at in range(0, len(distinct), batch_size):
             batch = distinct[at : at + batch_size]
             states = last_residuals(model, batch).float()
@@ -128,17 +130,16 @@ def extract(
     if len(set(sizes.values())) > 1:
         seen = " and ".join(f"{n} {name}" for name, n in sizes.items())
         raise ValueError(f"prompts come in pairs, but there are {seen}")
-    means = [key for key, side in sides.items() if isinstance(side, MeanResiduals)]
-    if means and method != "mean":
-        raise ValueError(f"method {method!r} needs the prompts of {means[0]}, not their mean")
-    run = mean_residuals if method == "mean" else all_residuals
-    found = [
-        side
-        if isinstance(side, MeanResiduals)
-        else run(model, side, chat=chat, batch_size=batch_size)
-        for side in sides.values()
-    ]
+    for key, side in sides.items():
+        if not isinstance(side, MeanResiduals):
+            continue
+        if method != "mean":
+            raise ValueError(f"method {method!r} needs the prompts of {key}, not their mean")
+        if side.source != (model.name, model.revision, chat):
+            raise ValueError(f"{key} was measured on another model, or with another `chat`")
     digests = [s.digest if isinstance(s, MeanResiduals) else digest(s) for s in sides.values()]
+    if sizes["without"] and digests[0] == digests[1]:
+        raise ValueError("the prompts with the instruction are the same as those without it")
     metadata = {
         "name": name,
         "model": model.name,
@@ -152,6 +153,13 @@ def extract(
         "tinysteer": VERSION,
     }
     metadata = {key: value for key, value in metadata.items() if value}
+    run = mean_residuals if method == "mean" else all_residuals
+    found = [
+        side
+        if isinstance(side, MeanResiduals)
+        else run(model, side, chat=chat, batch_size=batch_size)
+        for side in sides.values()
+    ]
     means = [side.mean if method == "mean" else side.mean(1) for side in found]
     if torch.equal(*means):
         raise ValueError("the prompts with the instruction are the same as those without it")

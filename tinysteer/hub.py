@@ -23,7 +23,7 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
     cache alone serves. A token in HF_TOKEN, or saved by `hf auth login`, is used. Errors say
     what to do: FileNotFoundError, PermissionError, ConnectionError.
     """
-    embedded = str(source) in EMBEDDED
+    embedded = is_embedded(source)
     folder = ASSETS / source if embedded else Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -44,10 +44,7 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
             f"there is no folder {source}, and it is no Hugging Face Hub id (owner/name) either"
         ) from None
     except errors.GatedRepoError:
-        raise PermissionError(
-            f"{source} is gated: accept its terms at https://huggingface.co/{source}, then set "
-            "HF_TOKEN to a token of that account or run `hf auth login`"
-        ) from None
+        raise gated(source) from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{missing} (where it is private, set HF_TOKEN to a token that may read it)"
@@ -59,11 +56,23 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
             f"there is no folder {source}, the Hub's cache here does not hold all of that model, "
             "and the Hub cannot be reached: connect, or pass the folder of a model"
         )
-        raise explain(error, source, unreachable) from None
+        raise what_failed(error, source, unreachable) from None
     return Path(found)
 
 
-def explain(error: Exception, source: str | Path, unreachable: str) -> Exception:
+def is_embedded(source: str | Path) -> bool:
+    """Whether it names a model of the package; a folder of that name is ./NAME, or a Path."""
+    return isinstance(source, str) and source in EMBEDDED
+
+
+def gated(source: str | Path) -> PermissionError:
+    return PermissionError(
+        f"{source} is gated: accept its terms at https://huggingface.co/{source}, then set "
+        "HF_TOKEN to a token of that account or run `hf auth login`"
+    )
+
+
+def what_failed(error: Exception, source: str | Path, unreachable: str) -> Exception:
     """What to raise for an error of the network, of the Hub or of this machine's disk."""
     cause = error.__cause__ or error
     status = getattr(getattr(cause, "response", None), "status_code", None)

@@ -27,7 +27,7 @@ class LanguageModel:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, name: str = "", revision: str = ""):
         self.decoder, self.tokenizer, self.name = decoder, tokenizer, name
-        self.revision = revision  # a commit of the Hub, or of the embedded models the version
+        self.revision = revision  # a commit of the Hub; of an embedded model its weights' digest
 
     @property
     def config(self) -> Config:
@@ -89,7 +89,7 @@ class LanguageModel:
         order = sorted((i for i in range(len(ids)) if limits[i]), key=lambda i: len(ids[i]))
         size = options.batch_size
         batches = [order[at : at + size] for at in range(0, len(order), size)]
-        for batch in tqdm(batches, "batches", disable=None if len(batches) > 1 else True):
+        for batch in tqdm(batches, "batches", leave=False, disable=None if batches[1:] else True):
             pick = greedy
             if options.temperature:
                 pick = Sampler(
@@ -119,9 +119,13 @@ class LanguageModel:
         """Which tokens the edits move, at which layers and how far: one `Explanation` a prompt.
 
         The prompts are run as one padded batch; with max_new_tokens their greedy continuations,
-        made with the edits, are shown too. Errors as for `complete`.
+        made with the edits, are shown too, up to a stop id. Errors as for `complete`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not isinstance(max_new_tokens, int):
+            raise ValueError("prompts must be a string or a list, max_new_tokens a whole number")
+        if not prompts:
+            return []
         ids = [self.tokenizer.ids(prompt, chat) for prompt in prompts]
         edits = self._edits(steer, len(ids))
         limits = generation.Options(max_new_tokens).per_prompt("max_new_tokens", len(ids))

@@ -10,12 +10,14 @@ or [first, stop]. What is left out has the verb's default.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from tinysteer.edits import WINDOWS, Edit
+import torch
+
+from tinysteer.edits import WINDOWS, Edit, window
 from tinysteer.vectors import SteeringVector
 
 TARGETS = ("alpha", "target")
@@ -27,6 +29,7 @@ VERBS = {  # the numbers each may be given
     "ablate": (),
 }
 NEEDED = ("vector", "layer", "verb")
+FORM = '{"edits": [...]}'
 
 
 def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") -> list[Edit]:
@@ -41,45 +44,56 @@ def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") 
     if not path.is_file():
         raise FileNotFoundError(f"there is no plan {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # of JSON or of UTF-8
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     return make_edits(content, str(path), path.parent)
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON leaves open: a key that stands twice is an error."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in names if names.count(k) > 1)!r} stands there twice")
+    return found
+
+
 def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
     """A plan's content -> its edits; `name` is what errors call it."""
-    if not isinstance(content, Mapping) or not isinstance(content.get("edits"), list):
-        raise ValueError(f'{name}: a plan is {{"edits": [...]}}')
-    for key in content.keys() - {"edits"}:
-        raise ValueError(f'{name}: {key!r} is no key of a plan, which is {{"edits": [...]}}')
-    for i, entry in enumerate(content["edits"]):
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} holds {content!r:.40}; a plan is {FORM}")
+    for key in content:
+        if key != "edits":
+            raise ValueError(f"{name}: {key!r} is no key of a plan, which is {FORM}")
+    entries = content.get("edits")
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise ValueError(f"{name}: 'edits' must be a list: a plan is {FORM}")
+    for i, entry in enumerate(entries):
         check_entry(entry, f"{name}: edits[{i}]")
     vectors: dict[str, SteeringVector] = {}
     edits = []
-    for i, entry in enumerate(content["edits"]):
-        file = entry["vector"]
-        if file not in vectors:
-            vectors[file] = SteeringVector.load(folder / file)
+    for i, entry in enumerate(entries):
+        file = str(entry["vector"])
         try:
-            edits.append(make_edit(vectors[file], entry))
-        except ValueError as error:  # a layer the vector does not have, an empty window
-            raise ValueError(f"{name}: edits[{i}]: {error}") from None
+            if file not in vectors:
+                vectors[file] = SteeringVector.load(folder / file)
+            direction = vectors[file].at(entry["layer"])
+        except (ValueError, FileNotFoundError) as error:
+            key = "layer" if file in vectors else "vector"
+            raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None
+        numbers = {key: entry[key] for key in VERBS[entry["verb"]] if key in entry}
+        where = entry.get("where", "all")
+        where = where if isinstance(where, str) else tuple(where)
+        edits.append(getattr(direction, entry["verb"])(**numbers, where=where))
     return edits
-
-
-def make_edit(vector: SteeringVector, entry: Mapping[str, Any]) -> Edit:
-    """A checked entry -> its edit."""
-    numbers = {key: entry[key] for key in VERBS[entry["verb"]] if key in entry}
-    where = entry.get("where", "all")
-    where = where if isinstance(where, str) else tuple(where)
-    return getattr(vector.at(entry["layer"]), entry["verb"])(**numbers, where=where)
 
 
 def check_entry(entry: Any, name: str) -> None:
     """ValueError naming the key that is missing, unknown or of the wrong type."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{name} is {entry!r}, not an object with {', '.join(NEEDED)}")
+        raise ValueError(f"{name} is {entry!r:.40}, not an object with {', '.join(NEEDED)}")
     for key in NEEDED:
         if key not in entry:
             raise ValueError(f"{name}.{key} is missing")
@@ -87,33 +101,34 @@ def check_entry(entry: Any, name: str) -> None:
     if not isinstance(verb, str) or verb not in VERBS:
         raise ValueError(f"{name}.verb is {verb!r}; it must be one of {', '.join(VERBS)}")
     kinds = {  # what a value must be, and whether it is
-        "vector": ("a file's name", lambda v: isinstance(v, str) and v),
-        "layer": ("a whole number", lambda v: isinstance(v, Integral) and not truth(v)),
+        "vector": ("a file's name", lambda v: isinstance(v, str | Path) and str(v)),
+        "layer": ("a whole number", lambda v: isinstance(v, Integral) and not is_truth(v)),
         "verb": ("a verb", lambda v: True),
-        "where": (
-            f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end",
-            is_window,
-        ),
-        **{
-            key: ("a number", lambda v: isinstance(v, Real) and not truth(v)) for key in VERBS[verb]
-        },
+        "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", is_window),
+        **dict.fromkeys(VERBS[verb], ("a finite number", is_number)),
     }
     for key, value in entry.items():
         if key not in kinds:
             raise ValueError(f"{name}.{key} is no key of {verb}, which has {', '.join(kinds)}")
         words, fits = kinds[key]
         if not fits(value):
-            raise ValueError(f"{name}.{key} is {value!r}; it must be {words}")
+            raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
 
 
-def truth(value: Any) -> bool:
+def is_truth(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def is_number(value: Any) -> bool:
+    largest = torch.finfo(torch.float32).max
+    return isinstance(value, Real) and not is_truth(value) and abs(value) <= largest
+
+
 def is_window(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in WINDOWS
-    ends = value if isinstance(value, list | tuple) else ()
-    return len(ends) == 2 and all(
-        end is None or (isinstance(end, Integral) and not truth(end)) for end in ends
-    )
+    ends = tuple(value) if isinstance(value, list | tuple) else value
+    if isinstance(ends, tuple) and any(map(is_truth, ends)):
+        return False
+    try:
+        return bool(window(ends))
+    except ValueError:
+        return False

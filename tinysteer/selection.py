@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from tinysteer.edits import Edit
 from tinysteer.language_model import LanguageModel
+from tinysteer.steering import Steer, per_row
 from tinysteer.tokenizer import Prompt, pad
 
 LOW_PERPLEXITY = 2.5  # the paper's, under GPT-2: text that repeats itself is easy to predict
@@ -30,32 +30,36 @@ Key = TypeVar("Key", bound=Hashable)
 def sweep(
     model: LanguageModel,
     prompts: Sequence[Prompt],
-    settings: Mapping[Key, Sequence[Edit]],
+    settings: Mapping[Key, Steer],
     **options,
 ) -> dict[Key, list[str]]:
     """Answer all prompts under every setting, in one pass over shared batches.
 
-    settings: name -> edits; options: as for `complete`. Returns name -> one answer a prompt.
+    settings: name -> what `complete` takes as `steer` for these prompts; options: its others.
+    Returns name -> one answer a prompt.
     """
-    rows = [list(edits) for edits in settings.values() for _ in prompts]
-    texts = model.complete(list(prompts) * len(settings), rows, **options)
     n = len(prompts)
+    rows = [row for steer in settings.values() for row in per_row(steer, n)]
+    texts = model.complete(list(prompts) * len(settings), rows, **options)
     return {key: texts[i * n : (i + 1) * n] for i, key in enumerate(settings)}
 
 
+Choice = TypeVar("Choice", int, tuple[int, float])  # a layer, or a layer and a weight
+
+
 def choose_layer(
-    accuracy: Mapping[int | None, float],
-    low: Mapping[int | None, float],
+    accuracy: Mapping[Choice | None, float],
+    broken: Mapping[Choice | None, float],
     allowed: float = 0.0,
-) -> int | None:
+) -> Choice | None:
     """The layer of the highest accuracy, or None for no steering, which wins ties.
 
-    low: the share of a layer's texts of too low perplexity; above `allowed` its accuracy is 0.
-    Among equal layers the lowest wins.
+    broken: the share of a layer's texts of too low perplexity, or otherwise spoilt; above
+    `allowed` the layer's accuracy is 0. Among equal layers the lowest wins.
     """
-    found = {layer: 0.0 if low[layer] > allowed else accuracy[layer] for layer in accuracy}
-    order = sorted(found, key=lambda layer: -1 if layer is None else layer)
-    return max(order, key=found.__getitem__)
+    found = {layer: 0.0 if broken[layer] > allowed else accuracy[layer] for layer in accuracy}
+    layers = sorted(layer for layer in found if layer is not None)
+    return max([None] * (None in found) + layers, key=found.__getitem__)
 
 
 @torch.no_grad()
@@ -77,3 +81,10 @@ def perplexity(judge: LanguageModel, texts: Sequence[str], *, batch_size: int = 
         for row, i in enumerate(batch):
             found[i] = losses[row, int(start[row]) :].mean().exp().item()
     return found
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """The share of a text's runs of n words that stood there before: 0 where none recurs."""
+    words = text.lower().split()
+    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -4,7 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tinysteer.hub import explain
+from tinysteer.hub import gated, what_failed
 from tinysteer.vectors import SteeringVector
 
 FILE = "vector.safetensors"
@@ -47,7 +47,6 @@ the residual stream after block L, counted from 0.
 |---|---|---|---|
 {layers}
 """
-UNREACHABLE = "the Hugging Face Hub cannot be reached, and its cache here does not help: connect"
 
 
 def card(vector: SteeringVector, repo: str) -> str:
@@ -57,7 +56,8 @@ def card(vector: SteeringVector, repo: str) -> str:
     numbers = zip(vector.norms, vector.targets, vector.baselines, strict=True)
     return CARD.format(
         base_model=f"base_model: {json.dumps(model)}\n" if on_hub else "",
-        title=vector.label or repo.split("/")[-1],
+        title=cell(vector.metadata.get("name") or vector.metadata.get("formula", ""))
+        or repo.split("/")[-1],
         model=f"`{model}`" if model else "a language model",
         source=json.dumps(model or "..."),
         repo=repo,
@@ -83,7 +83,8 @@ def push(vector: SteeringVector, repo: str, private: bool) -> str:
     """Make the repository where there is none, write file and card in one commit -> its address."""
     from huggingface_hub import HfApi, errors
 
-    api = HfApi()
+    check_id(repo)
+    api = HfApi(token=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
             vector.save(Path(folder) / FILE)
@@ -92,35 +93,47 @@ def push(vector: SteeringVector, repo: str, private: bool) -> str:
             done = api.upload_folder(
                 repo_id=repo, folder_path=folder, commit_message="Steering vector"
             )
-    except errors.HFValidationError:
-        raise ValueError(f"{repo!r} is no Hugging Face Hub id (owner/name)") from None
     except errors.LocalTokenNotFoundError:
         raise PermissionError(
             "uploading needs an account: set HF_TOKEN to a token that may write, or run "
             "`hf auth login`"
         ) from None
     except (OSError, errors.HTTPError) as error:
-        raise explain(error, repo, UNREACHABLE) from None
-    return done.repo_url
+        raise what_failed(error, repo, f"the Hub did not take {repo}: try again later") from None
+    return str(done.repo_url)
 
 
 def pull(repo: str, revision: str | None) -> SteeringVector:
     """What `push` wrote, through the Hub's cache."""
     from huggingface_hub import errors, hf_hub_download
 
+    check_id(repo)
+    unreachable = f"the Hub's cache here does not hold {repo}, and the Hub cannot be reached"
     try:
         path = hf_hub_download(repo, FILE, revision=revision)
-    except errors.HFValidationError:
-        raise ValueError(f"{repo!r} is no Hugging Face Hub id (owner/name)") from None
-    except errors.GatedRepoError as error:
-        raise explain(error, repo, UNREACHABLE) from None
+    except errors.GatedRepoError:
+        raise gated(repo) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(
             f"the Hugging Face Hub has no {repo}{at} (where it is private, set HF_TOKEN)"
         ) from None
-    except errors.RemoteEntryNotFoundError:
+    except errors.LocalEntryNotFoundError as error:
+        raise what_failed(error, repo, unreachable) from None
+    except errors.EntryNotFoundError:
         raise FileNotFoundError(f"{repo} holds no {FILE}: it is no tinysteer vector") from None
     except (OSError, errors.HTTPError) as error:
-        raise explain(error, repo, UNREACHABLE) from None
+        raise what_failed(error, repo, unreachable) from None
     return SteeringVector.load(path)
+
+
+def check_id(repo: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    wrong = ValueError(f"{repo!r} is no Hugging Face Hub id (owner/name)")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise wrong from None
+    if repo.count("/") != 1:
+        raise wrong

@@ -67,7 +67,7 @@ def check_fit(
         warnings.warn(
             f"steering {here.made_for} with vectors made for {other}: their layers and targets may "
             "not carry over",
-            stacklevel=4,  # where the model's method is called
+            stacklevel=5,  # where `complete` is called
         )
 
 

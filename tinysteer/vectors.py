@@ -124,7 +124,8 @@ class SteeringVector:
     def __mul__(self, factor: float) -> "SteeringVector":
         if not isinstance(factor, numbers.Real):
             return NotImplemented
-        about = {"formula": f"{factor:g} {term(self)}"}
+        factor = float(factor)
+        about = self.metadata | {"formula": f"{factor:g} {term(self)}"}
         return self._along(factor * self.difference, factor * self.moment, about)
 
     __rmul__ = __mul__
@@ -133,7 +134,8 @@ class SteeringVector:
         return self * (1 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
 
     def __neg__(self) -> "SteeringVector":
-        return self._along(-self.difference, -self.moment, {"formula": f"-{term(self)}"})
+        about = self.metadata | {"formula": f"-{term(self)}"}
+        return self._along(-self.difference, -self.moment, about)
 
     @property
     def difference(self) -> Tensor:
@@ -148,17 +150,24 @@ class SteeringVector:
     def _along(self, difference: Tensor, moment: Tensor, about: dict) -> "SteeringVector":
         norms = difference.norm(dim=-1)
         baselines = torch.where(norms > 0, moment / norms, 0.0)
-        kept = {key: value for key, value in self.metadata.items() if key != "name"}
         tensors = (unit(difference), norms, baselines + norms, baselines)
-        return SteeringVector(*(tensor.float() for tensor in tensors), kept | about)
+        about = {key: value for key, value in about.items() if key != "name"}
+        return SteeringVector(*(tensor.float() for tensor in tensors), about)
 
-    def random_like(self, seed: int = 0) -> "SteeringVector":
-        """Random directions with the same norms, targets and baselines: the control of a claim."""
+    def random_like(self, seed: int = 0, without: Tensor | None = None) -> "SteeringVector":
+        """Random directions with the same norms: the control of a claim.
+
+        without: mean states without the instruction, (n_layers, D), from which baselines and
+        targets follow as for the vector itself; default none, which is enough for `add`.
+        """
         noise = torch.randn(self.directions.shape, generator=torch.Generator().manual_seed(seed))
-        metadata = self.metadata | {"formula": f"a random direction like {term(self)}"}
-        metadata.pop("name", None)
-        directions = unit(noise) * (self.norms > 0)[:, None]
-        return SteeringVector(directions, self.norms, self.targets, self.baselines, metadata)
+        directions = unit(noise) * (self.norms != 0)[:, None]
+        baselines = (
+            torch.zeros_like(self.norms) if without is None else (without * directions).sum(-1)
+        )
+        about = self.metadata | {"formula": f"random direction {seed} like {term(self)}"}
+        about.pop("name", None)
+        return SteeringVector(directions, self.norms, baselines + self.norms, baselines, about)
 
     def at(self, layer: int) -> Direction:
         """The direction of one layer; negative layers count from the last."""
@@ -189,7 +198,7 @@ class SteeringVector:
         if not (folder := Path(path).absolute().parent).is_dir():
             raise FileNotFoundError(f"there is no folder {folder} to save into")
         about = {**self.metadata, "format": FORMAT, "layers": CONVENTION}
-        header = {"__metadata__": {key: str(value) for key, value in about.items()}}
+        header = {"__metadata__": {key: readable(str(text)) for key, text in about.items()}}
         data = b""
         for name in TENSORS:
             values = getattr(self, name).flatten().tolist()
@@ -209,11 +218,13 @@ class SteeringVector:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.pop("format", None) != FORMAT:
-                    raise ValueError(f"{path} is no tinysteer vector (no format {FORMAT})")
+                    raise ValueError(f"it is no tinysteer vector (no format {FORMAT})")
                 metadata.pop("layers", None)
                 return cls(*(file.get_tensor(name).float() for name in TENSORS), metadata)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_hub(self, repo: str, *, private: bool = False) -> str:
         """Publish the file and a generated card as `repo` ("owner/name") -> the page's address.
@@ -236,7 +247,12 @@ class SteeringVector:
 def unit(directions: Tensor) -> Tensor:
     """(n_layers, D) -> the same at length 1; rows of zeros stay."""
     norms = directions.norm(dim=-1, keepdim=True)
-    return directions / norms.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(norms > 0, directions / norms, 0.0)
+
+
+def readable(text: str) -> str:
+    """Text that UTF-8 can hold: names of files may have other bytes in them."""
+    return text.encode(errors="replace").decode()
 
 
 def term(vector: SteeringVector) -> str:
@@ -250,10 +266,13 @@ def combine(a: SteeringVector, b: SteeringVector, sign: float) -> SteeringVector
     if a.directions.shape != b.directions.shape:
         shapes = " and ".join(f"{v.n_layers} layers of width {v.dim}" for v in (a, b))
         raise ValueError(f"vectors of {shapes} are of different models and cannot be added")
+    difference = a.difference + sign * b.difference
+    # What is left of equal ones is rounding, and no direction.
+    left = difference.norm(dim=-1) > 1e-6 * (a.norms + b.norms)
     about = {
         key: value if value == b.metadata[key] else f"{value} and {b.metadata[key]}"
         for key, value in a.metadata.items()
         if key in b.metadata
     }
     about["formula"] = f"{term(a)} {'+' if sign > 0 else '-'} {term(b)}"
-    return a._along(a.difference + sign * b.difference, a.moment + sign * b.moment, about)
+    return a._along(difference * left[:, None], a.moment + sign * b.moment, about)
