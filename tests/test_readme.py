@@ -12,7 +12,7 @@ from tinysteer.cli import parser
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-PYTHON = [text for language, text in BLOCKS if language == "python" and "block(" not in text]
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 def test_the_python_examples_run_and_steer(monkeypatch, tmp_path, capsys):
@@ -35,7 +35,7 @@ def test_the_plan_can_be_read(tmp_path):
     for entry in plan["edits"]:
         vector.save(tmp_path / entry["vector"])
     first, second = ts.load_plan(plan, folder=tmp_path)
-    assert first == vector.at(3).to_target(0.8)
+    assert first == vector.at(4).to_target(where=(0, 1))
     assert second.move.bias == plan["edits"][1]["weight"]
 
 

@@ -68,8 +68,8 @@ def test_transformers_agrees_about_the_weights_and_the_steering(tiny, theirs, ve
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_instructions_are_followed_on_topics_that_were_held_out(name, lab, tiny, plain):
-    assert follow(name, plain) <= 5
-    assert follow(name, tiny.complete(lab.ask("test", name), **OPTIONS)) >= 95
+    assert follow(plain, name) <= 5
+    assert follow(tiny.complete(lab.ask("test", name), **OPTIONS), name) >= 95
 
 
 def test_words_and_length_are_followed_too(lab, tiny, plain):

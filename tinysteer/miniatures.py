@@ -9,6 +9,7 @@ style an answer is to have; the paper edits all positions. "random" is the mean 
 directions of the same norm, with a target as far from the states without the instruction.
 """
 
+import contextlib
 import json
 import statistics
 import zlib
@@ -34,10 +35,9 @@ Table = dict[str, dict[str, Any]]
 
 
 def is_json(text: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
+    return False
 
 
 FORMATS: dict[str, Callable[[str], bool]] = {
@@ -56,8 +56,9 @@ def percent(hits: Iterable[bool]) -> float:
     return 100 * sum(hits) / len(hits)
 
 
-def follow(name: str, texts: Sequence[str]) -> float:
-    return percent(FORMATS[name](text) for text in texts)
+def follow(texts: Sequence[str], *names: str) -> float:
+    """How many texts have all these formats."""
+    return percent(all(FORMATS[name](text) for name in names) for text in texts)
 
 
 def hold(words: Sequence[str], texts: Sequence[str]) -> float:
@@ -90,7 +91,7 @@ def add(vector: SteeringVector, layer: int, weight: float) -> list[Edit]:
 
 @dataclass(frozen=True)
 class Lab:
-    """The two models, what to ask them (assets/tasks.json), and the formats' vectors."""
+    """The two models, what to ask them (assets/tasks.json), and what they say unsteered."""
 
     model: LanguageModel
     base_model: LanguageModel
@@ -144,7 +145,7 @@ def best_layer(
     """The paper's rule, for `to_target` on validation prompts."""
     settings = {layer: to_target(vector, layer) for layer in layers(model)}
     texts = sweep(model, prompts, settings, **OPTIONS)
-    accuracy = {layer: follow(name, found) for layer, found in texts.items()}
+    accuracy = {layer: follow(found, name) for layer, found in texts.items()}
     return choose_layer(accuracy, {layer: broken(found) for layer, found in texts.items()})
 
 
@@ -160,7 +161,7 @@ def formats(lab: Lab, vectors: dict[str, SteeringVector]) -> tuple[Table, dict[s
         ways, steered[name] = unasked(lab, lab.model, lab.answers, name, vector, layer)
         settings = {"asked": [], "both": to_target(vector, layer_asked)}
         texts = sweep(lab.model, lab.ask("test", name), settings, **OPTIONS)
-        ways |= {way: follow(name, answers) for way, answers in texts.items()}
+        ways |= {way: follow(answers, name) for way, answers in texts.items()}
         found[name] = {**ways, "layer": layer, "layer if asked": layer_asked}
     return found, steered
 
@@ -181,9 +182,9 @@ def unasked(
     settings["steered"] = to_target(vector, layer)
     texts = sweep(model, lab.questions("test"), settings, **OPTIONS)
     ways = {
-        "neither": follow(name, answers),
-        "steered": follow(name, texts["steered"]),
-        "random": statistics.mean(follow(name, texts[draw]) for draw in DRAWS),
+        "neither": follow(answers, name),
+        "steered": follow(texts["steered"], name),
+        "random": statistics.mean(follow(texts[draw], name) for draw in DRAWS),
     }
     return ways, texts["steered"]
 
@@ -291,16 +292,16 @@ def two_at_once(
         choices = [tuple(alone[name] for name in names), *layers(lab.model)[1:]]
         tried = {choice: both(pair, choice) for choice in choices}
         texts = sweep(lab.model, lab.questions("validation"), tried, **OPTIONS)
-        choice = max(choices, key=lambda choice: follow_all(names, texts[choice]))
+        choice = max(choices, key=lambda choice: follow(texts[choice], *names))
         settings = {draw: both(control, choice) for draw, control in enumerate(controls)}
         settings["steered"] = both(pair, choice)
         texts = sweep(lab.model, lab.questions("test"), settings, **OPTIONS)
         asked = lab.model.complete(lab.ask("test", *names), **OPTIONS)
         found[" + ".join(names)] = {
-            "neither": follow_all(names, lab.answers),
-            "steered": follow_all(names, texts["steered"]),
-            "random": statistics.mean(follow_all(names, texts[draw]) for draw in DRAWS),
-            "asked": follow_all(names, asked),
+            "neither": follow(lab.answers, *names),
+            "steered": follow(texts["steered"], *names),
+            "random": statistics.mean(follow(texts[draw], *names) for draw in DRAWS),
+            "asked": follow(asked, *names),
             "layers": f"sum at {choice}" if isinstance(choice, int) else "{}, {}".format(*choice),
         }
     return found
@@ -311,10 +312,6 @@ def both(pair: Sequence[SteeringVector], layers: int | tuple[int, int]) -> list[
     if isinstance(layers, int):
         return to_target(pair[0] + pair[1], layers)
     return [edit for v, layer in zip(pair, layers, strict=True) for edit in to_target(v, layer)]
-
-
-def follow_all(names: Sequence[str], texts: Sequence[str]) -> float:
-    return percent(all(FORMATS[name](text) for name in names) for text in texts)
 
 
 def transfer(lab: Lab, vectors: dict[str, SteeringVector]) -> Table:
