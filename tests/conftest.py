@@ -10,7 +10,7 @@ import torch
 from checkpoints import VARIANTS, make_checkpoint
 
 import tinysteer as ts
-from tinysteer.miniatures import FORMATS, Lab
+from tinysteer.lab import FORMATS, Lab
 
 REAL = ("smollm2", "gemma3")
 torch.set_num_threads(1)  # tiny models lose by more

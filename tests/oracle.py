@@ -1,8 +1,10 @@
-"""The same edits done with forward hooks on a transformers model: the independent oracle."""
+"""What tests hold results against: the same edits by forward hooks on a transformers model."""
 
 import contextlib
 
 import torch
+
+import tinysteer as ts
 
 
 def layers_of(model) -> torch.nn.ModuleList:
@@ -73,3 +75,11 @@ def would_say(model, prompt: list[int], answer: list[int], edits=()) -> list[int
     with hooked(model, edits):
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :]
     return logits.argmax(-1).tolist()
+
+
+def vector_for(model, seed: int = 0) -> ts.SteeringVector:
+    """Random directions, long enough to change what a random model says."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = model.config.n_layers, model.config.dim
+    without = torch.randn(shape, generator=generator)
+    return ts.SteeringVector.from_means(without + torch.randn(shape, generator=generator), without)

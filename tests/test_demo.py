@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from tinysteer import cli, demo
-from tinysteer.miniatures import FORMATS, is_json
+from tinysteer.lab import FORMATS, is_json
 
 
 @pytest.fixture(scope="module")

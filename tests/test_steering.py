@@ -4,21 +4,13 @@ import math
 
 import pytest
 import torch
-from oracle import greedy_ids, hooked
+from oracle import greedy_ids, hooked, vector_for
 
 import tinysteer as ts
 from tinysteer.edits import window
 from tinysteer.steering import per_row
 
 T = 12
-
-
-def vector_for(model, seed: int = 0) -> ts.SteeringVector:
-    """Random directions, long enough to change what a random model says."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = model.config.n_layers, model.config.dim
-    without = torch.randn(shape, generator=generator)
-    return ts.SteeringVector.from_means(without + torch.randn(shape, generator=generator), without)
 
 
 def some_tokens(B=1, length=T, seed=3):

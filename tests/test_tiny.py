@@ -8,7 +8,7 @@ from oracle import hooked
 
 import tinysteer as ts
 from tinysteer.hub import ASSETS, EMBEDDED
-from tinysteer.miniatures import FORMATS, follow, hold, mean_words
+from tinysteer.lab import FORMATS, follow, hold, mean_words
 
 OPTIONS = {"max_new_tokens": 112, "batch_size": 128}
 LAYER = 3

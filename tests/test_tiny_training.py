@@ -13,7 +13,7 @@ import train
 
 import tinysteer as ts
 from tinysteer.hub import ASSETS
-from tinysteer.miniatures import FORMATS
+from tinysteer.lab import FORMATS
 
 
 def draw(asked: dict, n: int = 200):

@@ -5,18 +5,10 @@ import warnings
 
 import pytest
 import torch
+from oracle import vector_for
 
 import tinysteer as ts
-
-TENSORS = ("directions", "norms", "targets", "baselines")
-
-
-def vector_for(model, seed: int = 0) -> ts.SteeringVector:
-    """Random directions, long enough to change what a random model says."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = model.config.n_layers, model.config.dim
-    without = torch.randn(shape, generator=generator)
-    return ts.SteeringVector.from_means(without + torch.randn(shape, generator=generator), without)
+from tinysteer.vectors import TENSORS
 
 
 @pytest.fixture

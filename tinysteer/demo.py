@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tinysteer import miniatures
-from tinysteer.miniatures import FORMATS, Lab, Table
+from tinysteer.lab import FORMATS, Lab
+from tinysteer.miniatures import Table
 
 
 def run_demo(as_json: bool) -> None:

@@ -18,7 +18,7 @@ import corpus
 from common import table, where
 
 import tinysteer as ts
-from tinysteer.miniatures import FORMATS
+from tinysteer.lab import FORMATS
 
 LIMITS = {"max_new_tokens": 200, "batch_size": 75}
 
