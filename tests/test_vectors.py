@@ -154,8 +154,21 @@ def test_a_vector_made_for_another_model_of_the_same_shape_warns(checkpoint):
     edit = ts.extract(one, ["a b"], ["a"]).at(1).add()
     with pytest.warns(UserWarning, match="steering two with vectors made for one"):
         two.complete("x", [edit], max_new_tokens=1)
+    tokens = torch.tensor([[3, 4]])
+    for act in (
+        lambda: two.complete(["x"], [edit], max_new_tokens=1),
+        lambda: two.stream("x", [edit], max_new_tokens=1),
+        lambda: two.logits(tokens, [edit]),
+        lambda: two.explain("x", [edit]),
+    ):
+        with pytest.warns(UserWarning, match="made for one") as seen:
+            act()
+        assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        two.name = "somebody/one"  # the folder `one` may well be a copy of it
+        two.complete("x", [edit], max_new_tokens=1)
+        two.name = "two"
         one.complete("x", [edit], max_new_tokens=1)
         two.complete("x", [vector_for(two).at(1).add()], max_new_tokens=1)
     one.revision = "b" * 40

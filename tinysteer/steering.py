@@ -1,5 +1,6 @@
 """A batch's edits: what `steer=` accepts, whether that fits the model, and the seam it becomes."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -67,14 +68,24 @@ def check_fit(
         warnings.warn(
             f"steering {here.made_for} with vectors made for {other}: their layers and targets may "
             "not carry over",
-            stacklevel=5,  # where `complete` is called
+            stacklevel=levels_up(),
         )
 
 
 def differ(a: Origin, b: Origin) -> bool:
-    """Whether two vectors are known to be for different models."""
-    pairs = ((a.model, b.model), (a.revision, b.revision))
-    return any(x and y and x != y for x, y in pairs)
+    """Whether two vectors are known to be for different models. A folder has no owner's name."""
+    models = (a.model, b.model)
+    if not all("/" in model for model in models):
+        models = tuple(model.split("/")[-1] for model in models)
+    return any(x and y and x != y for x, y in (models, (a.revision, b.revision)))
+
+
+def levels_up() -> int:
+    """How far above the caller the first frame lies that is neither ours nor torch's."""
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("tinysteer", "torch"):
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 class Steering:
