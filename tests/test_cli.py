@@ -55,12 +55,14 @@ def test_generate_prints_the_steered_text(folder, vector, capsys):
 
 
 def test_several_edits_act_in_order_where_they_should(folder, vector, capsys):
-    specs = [f"{vector}@2:to_target=0.5:generation", f"{vector}@-1:add", f"{vector}@1:ablate"]
+    specs = [f"{vector}@2:to_target=0.5:generation", f"{vector}@-1:add:-2,"]
+    specs.append(f"{vector}@1:ablate:0,1")
     arguments = [part for spec in specs for part in ("--steer", spec)]
     arguments += ["--max-new-tokens", "9", "--json"]
     assert main(["generate", "-m", folder, "hello", *arguments]) == 0
     model, v = ts.load(folder), ts.SteeringVector.load(vector)
-    edits = [v.at(2).to_target(0.5, where="generation"), v.at(3).add(), v.at(1).ablate()]
+    edits = [v.at(2).to_target(0.5, where="generation"), v.at(3).add(where=(-2, None))]
+    edits.append(v.at(1).ablate(where=(0, 1)))
     said = json.loads(capsys.readouterr().out)
     expected = model.complete(["hello"], edits, max_new_tokens=9)[0]
     assert said == {"prompt": "hello", "completion": expected}
@@ -148,6 +150,12 @@ MISTAKES = {  # one sentence on stderr, exit code 1; {pairs}, {v} and {model} ar
         "no file none.jsonl",
     ),
     "no folder to write to": (["extract", "-m", "{model}", "{pairs}", "-o", "no/v"], "no folder"),
+    "pairs to overwrite": (["extract", "{pairs}", "-o", "{pairs}"], "would overwrite the pairs"),
+    "an empty window": (
+        ["generate", "x", "--steer", "{v}@1:add:3,3"],
+        "@1:add:3,3: edits[0].where",
+    ),
+    "no such file": (["inspect", "none.safetensors"], "there is no file none.safetensors"),
     "a folder to write to": (["extract", "-m", "{model}", "{pairs}", "-o", "."], ". is a folder"),
     "too much of the best": (
         ["generate", "-m", "m", "x", "--top-p", "0.5"],

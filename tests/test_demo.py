@@ -1,9 +1,11 @@
 """The demo is run once, whole, and must show what it promises."""
 
 import json
+import os
 from itertools import pairwise
 
 import pytest
+import torch
 
 from tinysteer import cli, demo
 from tinysteer.lab import FORMATS, is_json
@@ -13,7 +15,10 @@ from tinysteer.lab import FORMATS, is_json
 def shown():
     """(its data, what it printed)"""
     said = []
-    return demo.measure(said.append), "\n".join(said)
+    torch.set_num_threads(os.cpu_count() or 1)
+    data = demo.measure(said.append)
+    torch.set_num_threads(1)
+    return data, "\n".join(said)
 
 
 def mean(table: dict, way: str) -> float:

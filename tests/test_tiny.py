@@ -1,6 +1,8 @@
 """The embedded models: what they are, that they follow, and the laws of steering on real texts."""
 
 import hashlib
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,14 @@ def test_the_default_model_is_the_instructed_one():
 def test_an_embedded_model_has_no_revisions():
     with pytest.raises(ValueError, match="'main' is for Hub ids; tiny-base comes with the pack"):
         ts.load("tiny-base", revision="main")
+
+
+def test_a_folder_of_the_same_name_is_a_path(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint("llama: grouped heads")[0], "tiny-base")
+    assert ts.load("tiny-base").config.n_layers == 6
+    for source in ("./tiny-base", Path("tiny-base")):
+        assert ts.load(source).config.n_layers == 4
 
 
 @torch.no_grad()

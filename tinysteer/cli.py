@@ -22,14 +22,14 @@ from tinysteer.generation import Options
 from tinysteer.hub import EMBEDDED, fetch
 from tinysteer.inspection import inspect_file, inspect_model
 from tinysteer.language_model import LanguageModel
-from tinysteer.plan import VERBS, load_plan
+from tinysteer.plan import VERBS, load_plan, make_edits
 from tinysteer.steering import check_fit
 from tinysteer.version import VERSION
 
 # What a line of a pairs file may call its two prompts; the second is how the paper's data do.
 PAIR_KEYS = (("with", "without"), ("prompt", "prompt_without_instruction"))
 SPEC = re.compile(
-    r"(?P<file>.+)@(?P<layer>-?\d+):(?P<verb>\w+)(=(?P<number>[^:]+))?(:(?P<where>\w+))?"
+    r"(?P<file>.+)@(?P<layer>-?\d+):(?P<verb>\w+)(=(?P<number>[^:]+))?(:(?P<where>\w+|-?\d*,-?\d*))?"
 )
 SPEC_FORM = "FILE@LAYER:VERB[=NUMBER][:WHERE]"
 MODEL = EMBEDDED[0]
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help=f"a plan.json, or {SPEC_FORM}; repeat for several edits, in order. VERB is one of "
         f"{', '.join(VERBS)}; NUMBER is the weight for add, the share of the way (1) for the next "
-        f"three; WHERE one of {', '.join(WINDOWS)}",
+        f"three; WHERE one of {', '.join(WINDOWS)}, or FIRST,STOP (0,1: the last prompt token)",
     )
 
     one = commands.add_parser("demo", help="steer the embedded model: tables and texts, a minute")
@@ -143,13 +143,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def parse_steer(spec: str) -> str | dict[str, Any]:
-    """A plan's file as it is, or FILE@LAYER:VERB[=NUMBER][:WHERE] as a plan of one edit.
+def parse_steer(spec: str) -> tuple[str, dict[str, Any] | None]:
+    """A plan's file as it is, or FILE@LAYER:VERB[=NUMBER][:WHERE] with the plan of one edit.
 
     argparse reports what does not fit.
     """
     if spec.endswith(".json"):
-        return spec
+        return spec, None
     match = SPEC.fullmatch(spec)
     if not match:
         raise argparse.ArgumentTypeError(
@@ -158,8 +158,10 @@ def parse_steer(spec: str) -> str | dict[str, Any]:
     file, layer, verb, number, where = match.group("file", "layer", "verb", "number", "where")
     if verb not in VERBS:
         raise argparse.ArgumentTypeError(f"{verb!r} is none of {', '.join(VERBS)}")
-    if where and where not in WINDOWS:
-        raise argparse.ArgumentTypeError(f"{where!r} is none of {', '.join(WINDOWS)}")
+    if where and "," not in where and where not in WINDOWS:
+        raise argparse.ArgumentTypeError(
+            f"{where!r} is none of {', '.join(WINDOWS)}, and no FIRST,STOP"
+        )
     edit: dict[str, Any] = {"vector": file, "layer": int(layer), "verb": verb}
     if number is not None:
         if not VERBS[verb]:
@@ -168,12 +170,18 @@ def parse_steer(spec: str) -> str | dict[str, Any]:
             edit[VERBS[verb][0]] = float(number)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{number!r} is no number") from None
-    return {"edits": [edit | ({"where": where} if where else {})]}
+    if where and "," in where:
+        edit["where"] = [int(end) if end else None for end in where.split(",")]
+    elif where:
+        edit["where"] = where
+    return spec, {"edits": [edit]}
 
 
 def read_edits(options: argparse.Namespace) -> list[Edit]:
     """What --steer says, checked against the model's configuration before weights are read."""
-    steer = [edit for plan in options.steer for edit in load_plan(plan)]
+    steer: list[Edit] = []
+    for spec, plan in options.steer:
+        steer += load_plan(spec) if plan is None else make_edits(plan, spec, Path())
     if steer:
         config = load_config(fetch(options.model, options.revision, weights=False))
         check_fit([steer], config.n_layers, config.dim)
@@ -225,6 +233,8 @@ def run_extract(options: argparse.Namespace) -> None:
     if output.is_dir() or not output.parent.is_dir():
         kind = "is a folder" if output.is_dir() else "lies in no folder"
         raise FileNotFoundError(f"{options.output} {kind}: -o names the file to write")
+    if output.exists() and output.samefile(options.pairs):
+        raise ValueError(f"-o {options.output} would overwrite the pairs")
     if not os.access(output if output.exists() else output.parent, os.W_OK):
         raise PermissionError(f"{options.output} cannot be written")
     vector = extract(
@@ -275,4 +285,6 @@ def run_explain(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     what = options.what
+    if what.endswith(".safetensors") and not Path(what).is_file():
+        raise FileNotFoundError(f"there is no file {what}")
     print(inspect_file(what) if Path(what).is_file() else inspect_model(what, options.revision))

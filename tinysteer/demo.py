@@ -30,22 +30,29 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
     vectors = {name: lab.vector(name) for name in FORMATS}
     n_pairs, n = len(lab.tasks["pairs"]), len(lab.tasks["test"])
     say(
-        f"{lab.model}\nVectors from {n_pairs} pairs each; answers to {n} questions about other "
-        "topics, in percent.\nneither: no instruction, no steering. random: two random directions. "
-        "asked: by the prompt.\nboth: by prompt and vector, where some layer improves on asking."
+        f"{lab.model}\n"
+        f"Vectors from {n_pairs} pairs each; {n} questions on other topics; percent of answers.\n"
+        "Edits act on the last prompt token, at a layer chosen on other questions (-: none).\n"
+        "neither: no instruction, no steering. random: random directions. asked: by the prompt.\n"
+        "both: by prompt and vector, where some layer improves on asking."
     )
     found: dict[str, Any] = {}
     found["formats"], texts = miniatures.formats(lab, vectors)
-    say(table("FORMATS, by to_target", found["formats"]))
+    say(table("FORMATS: answers that have one, by to_target", found["formats"]))
     found["length"], brief = miniatures.brevity(lab)
-    say(table("MEAN WORDS of an answer, by adding so many norms of brevity", found["length"]))
+    say(table("MEAN WORDS of an answer, by adding brevity with a weight", found["length"]))
     found["words"] = miniatures.words(lab)
-    say(table("A WORD, by add", found["words"]))
+    say(
+        table(
+            "A WORD: answers that hold it, by adding a vector of its own",
+            found["words"],
+        )
+    )
     layers = {name: row["layer"] for name, row in found["formats"].items()}
     found["two at once"] = miniatures.two_at_once(lab, vectors, layers)
-    say(table("TWO AT ONCE, by to_target", found["two at once"]))
+    say(table("TWO AT ONCE: by two edits, or by the vectors' sum", found["two at once"]))
     found["transfer"] = miniatures.transfer(lab, vectors)
-    say(table("ANOTHER MODEL: tiny-base, by tiny-instruct's vectors", found["transfer"]))
+    say(table("ANOTHER MODEL: formats of tiny-base, by tiny-instruct's vectors", found["transfer"]))
 
     steered = {**texts, "brief": brief}
     found["examples"] = [

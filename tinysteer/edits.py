@@ -70,7 +70,7 @@ class Edit:
 def window(where: Where) -> dict[str, int]:
     """ "all", "prompt", "generation" or (first, stop) -> an edit's `first` and `last`."""
     bounds = WINDOWS.get(where) if isinstance(where, str) else where
-    whole = isinstance(bounds, tuple) and all(
+    whole = isinstance(bounds, tuple | list) and all(
         b is None or isinstance(b, numbers.Integral) for b in bounds
     )
     if not whole or len(bounds) != 2:

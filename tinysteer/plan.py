@@ -84,9 +84,8 @@ def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
             key = "layer" if file in vectors else "vector"
             raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None
         numbers = {key: entry[key] for key in VERBS[entry["verb"]] if key in entry}
-        where = entry.get("where", "all")
-        where = where if isinstance(where, str) else tuple(where)
-        edits.append(getattr(direction, entry["verb"])(**numbers, where=where))
+        move = getattr(direction, entry["verb"])
+        edits.append(move(**numbers, where=entry.get("where", "all")))
     return edits
 
 
@@ -125,10 +124,9 @@ def is_number(value: Any) -> bool:
 
 
 def is_window(value: Any) -> bool:
-    ends = tuple(value) if isinstance(value, list | tuple) else value
-    if isinstance(ends, tuple) and any(map(is_truth, ends)):
+    if isinstance(value, Sequence) and any(map(is_truth, value)):
         return False
     try:
-        return bool(window(ends))
+        return bool(window(value))
     except ValueError:
         return False

@@ -51,13 +51,13 @@ def check_fit(
     """
     here = Origin("", model, revision, n_layers)
     for edit in (edit for row in rows for edit in row):
-        if not 0 <= edit.layer < n_layers:
-            raise ValueError(f"layer {edit.layer}: this model has layers 0 to {n_layers - 1}")
         origin = edit.origin or here
         maker = f"it was made for {origin.model or 'another model'}"
         if edit.direction.shape != (dim,):
             width = edit.direction.shape[-1]
             raise ValueError(f"the vector is {width} wide, this model {dim}: {maker}")
+        if not 0 <= edit.layer < n_layers:
+            raise ValueError(f"layer {edit.layer}: this model has layers 0 to {n_layers - 1}")
         if origin.n_layers != n_layers:
             raise ValueError(
                 f"the vector has {origin.n_layers} layers, this model {n_layers}: {maker}"

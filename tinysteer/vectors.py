@@ -165,8 +165,8 @@ class SteeringVector:
         baselines = (
             torch.zeros_like(self.norms) if without is None else (without * directions).sum(-1)
         )
-        about = self.metadata | {"formula": f"random direction {seed} like {term(self)}"}
-        about.pop("name", None)
+        about = {k: v for k, v in self.metadata.items() if k in ("model", "revision", "tinysteer")}
+        about["formula"] = f"random direction {seed} like {term(self)}"
         return SteeringVector(directions, self.norms, baselines + self.norms, baselines, about)
 
     def at(self, layer: int) -> Direction:
