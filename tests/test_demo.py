@@ -11,6 +11,9 @@ from tinysteer import cli, demo
 from tinysteer.lab import FORMATS, is_json
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:steering tiny-base")
+
+
 @pytest.fixture(scope="module")
 def shown():
     """(its data, what it printed)"""
