@@ -10,7 +10,6 @@ import torch
 from tinysteer import cli, demo
 from tinysteer.lab import FORMATS, is_json
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:steering tiny-base")
 
 

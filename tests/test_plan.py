@@ -74,6 +74,10 @@ WRONG = {
     "no object": ({"edits": [1]}, r"edits\[0\] is 1, not an object"),
     "no vector": ({"edits": [{"layer": 1, "verb": "add"}]}, r"edits\[0\].vector is missing"),
     "no verb": ({"edits": [{"vector": "a", "layer": 1}]}, r"edits\[0\].verb is missing"),
+    "a needed key misspelt": (
+        {"edits": [{"vector": "a", "layr": 1, "verb": "add"}]},
+        r"edits\[0\].layer is missing; 'layr' is no key",
+    ),
     "unknown verb": ({"edits": [entry(verb="push")]}, r"edits\[0\].verb is 'push'; .* one of add"),
     "misspelt": ({"edits": [entry(), entry(wieght=1)]}, r"edits\[1\].wieght is no key of add"),
     "another verb's": ({"edits": [entry(alpha=1)]}, r"edits\[0\].alpha is no key of add"),

@@ -29,6 +29,7 @@ VERBS = {  # the numbers each may be given
     "ablate": (),
 }
 NEEDED = ("vector", "layer", "verb")
+KEYS = {*NEEDED, "where", *(key for keys in VERBS.values() for key in keys)}
 FORM = '{"edits": [...]}'
 
 
@@ -95,7 +96,8 @@ def check_entry(entry: Any, name: str) -> None:
         raise ValueError(f"{name} is {entry!r:.40}, not an object with {', '.join(NEEDED)}")
     for key in NEEDED:
         if key not in entry:
-            raise ValueError(f"{name}.{key} is missing")
+            strange = [f"; {other!r} is no key" for other in entry if other not in KEYS]
+            raise ValueError(f"{name}.{key} is missing{''.join(strange)}")
     verb = entry["verb"]
     if not isinstance(verb, str) or verb not in VERBS:
         raise ValueError(f"{name}.verb is {verb!r}; it must be one of {', '.join(VERBS)}")
