@@ -161,7 +161,7 @@ def test_verbs_do_to_the_projection_what_they_say(model, vector):
     same(projection(v.ablate()), torch.zeros_like(plain), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("number", [math.nan, math.inf, "9", "generation", [1], 10**400])
 def test_a_weight_that_is_not_finite_is_refused(vector, number):
     for verb in (vector.at(1).add, vector.at(1).to_target):
         with pytest.raises(ValueError, match="must be finite"):

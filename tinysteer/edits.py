@@ -87,6 +87,16 @@ def window(where: Where) -> dict[str, int]:
     return {"first": first, "last": last}
 
 
+def number(value: float) -> float:
+    """A weight, alpha or target as a float. ValueError for what is none."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"weight, alpha and target must be finite numbers, not {value!r:.40}")
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     """A steering vector at one layer: a unit direction and what was measured along it.
@@ -105,27 +115,27 @@ class Direction:
 
     def add(self, weight: float | None = None, *, where: Where = "all") -> Edit:
         """h + weight u. Default: the difference's own norm (paper, section 2: c u)."""
-        return self._edit(where, bias=self.norm if weight is None else weight)
+        return self._edit(where, bias=self.norm if weight is None else number(weight))
 
     def to_target(
         self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
     ) -> Edit:
         """Set the projection to `target`, or go `alpha` of the way (paper: adjust_rs)."""
-        target = self.target if target is None else target
+        alpha, target = number(alpha), self.target if target is None else number(target)
         return self._edit(where, bias=alpha * target, slope=alpha)
 
     def at_least(
         self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
     ) -> Edit:
         """As `to_target`, but only ever upwards."""
-        target = self.target if target is None else target
+        alpha, target = number(alpha), self.target if target is None else number(target)
         return self._edit(where, bias=alpha * target, slope=alpha, low=0.0)
 
     def at_most(
         self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
     ) -> Edit:
         """As `to_target`, but only ever downwards."""
-        target = self.target if target is None else target
+        alpha, target = number(alpha), self.target if target is None else number(target)
         return self._edit(where, bias=alpha * target, slope=alpha, high=0.0)
 
     def ablate(self, *, where: Where = "all") -> Edit:
@@ -133,5 +143,4 @@ class Direction:
         return self._edit(where, slope=1.0)
 
     def _edit(self, where: Where, **move: float) -> Edit:
-        move = {name: float(value) for name, value in move.items()}
         return Edit(self.layer, self.direction, kernels.Edit(**move, **window(where)), self.origin)
