@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels import PADDING
+from tinysteer_kernels import PADDING, rms_norm
 from torch import Tensor, nn
 
 from tinysteer.config import Config, Layer
@@ -57,10 +57,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = config.norm_eps, config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        if self.offset:  # rounded after the weight, as Gemma was trained
-            return (y * (self.offset + self.weight.float())).to(x.dtype)
-        return y.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class Linear(nn.Linear):

@@ -1,82 +1,32 @@
-"""x += the edits of its row, in order: the definition, in PyTorch, that every kernel must meet.
+"""The op `steer`: x += the edits of its row, in order, in one pass over the residual stream.
 
 B  batch     T  positions     D  model width     K  edits per row     N  directions in the bank
 
-An edit moves h along one unit direction u:  h <- h + d u,  d = clip(bias - slope <h, u>).
-It acts on the positions from `first` to `last`; a row's edits act one after another, each on the
-result of those before it. Only projections pass between them, so one read and one write of h
-do: with p = U h and the Gram matrix G = U U^T the k-th edit sees p_k + sum_{j<k} d_j G_kj.
+tables.py says what an edit is. Here are, downwards, the formula in PyTorch, the kernel, and the op
+with its launcher. The kernel reads and writes x once and reads each row's directions: in 16 bits
+4 B T D + 2 B K D bytes at least, where one hook an edit moves 4 B T D each. Past a few thousand
+positions that decides; while decoding it is the two reads that wait for each other, of a table
+and of the direction it names.
 """
 
 from collections.abc import Sequence
-from math import inf
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-PADDING = -(2**31)  # the position of a column that holds no token: no edit reaches it
-ALWAYS = (PADDING + 1, 2**31 - 1)  # first and last of an edit that acts everywhere
+from .devices import HAS_TRITON, tl, triton
+from .tables import PADDING, Edits
+
+MAX_D = 16384  # a program holds whole positions in registers
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = ("index", "first", "last", "position")
 
 
-class Edit(NamedTuple):
-    """One edit of one row. Position 0 is the last prompt token; `last` is included."""
-
-    index: int = -1  # of the direction in the bank; -1: no edit
-    bias: float = 0.0
-    slope: float = 0.0
-    low: float = -inf
-    high: float = inf
-    first: int = ALWAYS[0]
-    last: int = ALWAYS[1]
+# The formula.
 
 
-class Edits(NamedTuple):
-    """The edits of B rows as tables (B, K), an index of -1 where a row has fewer than K."""
-
-    index: Tensor  # int32
-    bias: Tensor  # float32, like slope, low and high
-    slope: Tensor
-    low: Tensor
-    high: Tensor
-    first: Tensor  # int32
-    last: Tensor  # int32
-    gram: Tensor  # (B, K, K) float32, <u_k, u_j>
-
-
-def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]]) -> Edits:
-    """bank (N, D); one list of edits a row -> tables on the bank's device."""
-    K = max(map(len, rows), default=0)
-    padded = [[*row, *[Edit()] * (K - len(row))] for row in rows]
-    for edit in (edit for row in padded for edit in row):
-        if not -1 <= edit.index < len(bank):
-            raise ValueError(f"an edit names direction {edit.index} of a bank of {len(bank)}")
-    table = torch.tensor(padded, dtype=torch.float64).reshape(len(rows), K, len(Edit._fields))
-    index, bias, slope, low, high, first, last = table.unbind(-1)
-    u = bank.cpu()[index.long().clamp(min=0)].double()  # (B, K, D)
-    u = torch.where((index >= 0)[..., None], u, 0.0)
-    tables = Edits(
-        index.int(),
-        *(column.float() for column in (bias, slope, low, high)),
-        first.int(),
-        last.int(),
-        gram=(u @ u.mT).float(),
-    )
-    return Edits(*(column.to(bank.device) for column in tables))
-
-
-def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor) -> Tensor:
-    """Edit x (B, T, D) in place and return it; bank (N, D) of unit rows, position (B, T) int32.
-
-    Sums in float32 and rounds once. Where no edit moves anything x keeps its bits.
-    """
-    B, T, D = x.shape
-    if bank.ndim != 2 or bank.shape[1] != D:
-        raise ValueError(f"x is {D} wide, but the bank of directions is {tuple(bank.shape)}")
-    if position.shape != (B, T):
-        raise ValueError(f"position is {tuple(position.shape)}, x has {B} rows of {T} positions")
-    if len(edits.index) != B:
-        raise ValueError(f"edits are for {len(edits.index)} rows, x has {B}")
+def formula(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> Tensor:
+    """What `steer` computes, in PyTorch and in place."""
     h, u = x.float(), directions(bank, edits)
     d = moves(h, u, edits, position)
     moved = (d != 0).any(-1, keepdim=True)
@@ -89,14 +39,15 @@ def directions(bank: Tensor, edits: Edits) -> Tensor:
     return torch.where((edits.index >= 0)[..., None], u, 0.0)  # another row's NaN stays with it
 
 
-def moves(h: Tensor, u: Tensor, edits: Edits, position: Tensor) -> Tensor:
+def moves(h: Tensor, u: Tensor, edits: Edits, position: Tensor | None) -> Tensor:
     """d of every edit at every position, (B, T, K), 0 where it does not act.
 
-    h (B, T, D) and u (B, K, D) float32, position (B, T) int32.
+    h (B, T, D) and u (B, K, D) float32, position (B, T) int32 or None: all 0.
     """
     p = h @ u.mT  # (B, T, K)
     d = torch.zeros_like(p)
-    at = position[..., None]
+    at = p.new_zeros(p.shape[:2], dtype=torch.int32) if position is None else position
+    at = at[..., None]
     acts = (edits.first[:, None] <= at) & (at <= edits.last[:, None]) & (edits.index >= 0)[:, None]
     for k in range(u.shape[1]):
         seen = p[..., k] + (d * edits.gram[:, None, k]).sum(-1)  # (B, T)
@@ -104,3 +55,221 @@ def moves(h: Tensor, u: Tensor, edits: Edits, position: Tensor) -> Tensor:
         move = move.clamp(edits.low[:, k, None], edits.high[:, k, None])
         d[..., k] = move.where(acts[..., k], 0.0)
     return d
+
+
+# The kernel.
+
+
+@triton.jit
+def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """This program's row, positions t (BLOCK_T,), columns (BLOCK_D,), and which of those exist."""
+    blocks = tl.cdiv(T, BLOCK_T)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    t = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_D)
+    return row, t, column, (t < T)[:, None] & (column < D)[None, :]
+
+
+@triton.jit
+def positions(position, row, t, T, PADDING: tl.constexpr):
+    """Where the program's tokens stand, (BLOCK_T,) int32."""
+    if position is None:
+        return tl.where(t < T, 0, PADDING)
+    return tl.load(position + row * T + t, mask=t < T, other=PADDING)
+
+
+@triton.jit
+def acting(edits, at, row, first, K, BLOCK_K: tl.constexpr):
+    """The directions of a block of edits, (BLOCK_K,), and whether each acts at `at`.
+
+    Read one block ahead of its use: the direction waits for this, and this for nothing.
+    """
+    slot = first + tl.arange(0, BLOCK_K)
+    k = row * K + slot
+    index = tl.load(edits.index + k, mask=slot < K, other=-1)
+    begin = tl.load(edits.first + k, mask=slot < K, other=0)
+    end = tl.load(edits.last + k, mask=slot < K, other=-1)
+    return index, (index >= 0) & (begin <= at) & (at <= end)
+
+
+@triton.jit
+def edited(
+    h,
+    at,
+    index,
+    acts,
+    row,
+    column,
+    bank,
+    edits,
+    K,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h (BLOCK_T, BLOCK_D) float32, at (BLOCK_T,) -> h after the row's edits, and where it moved.
+
+    One of BLOCK_T and BLOCK_K is 1, R is the other. While decoding, several edits of one position
+    share a reduction over D, and the Gram matrix tells each what those before it did; in a prefill
+    several positions share the load of one edit. From block to block h itself carries the moves.
+    """
+    tl.static_assert(BLOCK_T == 1 or BLOCK_K == 1)
+    slot = tl.arange(0, BLOCK_K)
+    moved = tl.full((BLOCK_T,), False, tl.int1)
+    for first in range(0, K, BLOCK_K):
+        if tl.max(acts.to(tl.int32), axis=0) > 0:
+            # Read twice, from the cache the second time: kept, the block would crowd the registers.
+            wanted = (acts if BLOCK_T == 1 else index >= 0)[:, None] & (column < D)[None, :]
+            u = bank + index.to(tl.int64)[:, None] * D + column[None, :]
+            once = tl.load(u, mask=wanted, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            # What the recurrence needs is asked for now: after the reduction it would wait anew.
+            k = row * K + first + slot
+            bias, slope = tl.load(edits.bias + k), tl.load(edits.slope + k)
+            low, high = tl.load(edits.low + k), tl.load(edits.high + k)
+            gram = ()  # the block's columns, below the diagonal
+            for j in tl.static_range(BLOCK_K - 1):
+                g = edits.gram + (row * K + first + j) * K + first + slot
+                gram += (tl.load(g, mask=slot > j, other=0.0),)
+            p = tl.sum(once * h, axis=1)  # (R,)
+            d = tl.zeros_like(p)
+            for j in tl.static_range(BLOCK_K):
+                move = tl.maximum(bias - slope * p, low, tl.PropagateNan.ALL)
+                move = tl.minimum(move, high, tl.PropagateNan.ALL)
+                move = tl.where(acts & (slot == j), move, 0.0)
+                d += move
+                if j + 1 < BLOCK_K:
+                    p += gram[j] * tl.sum(move, axis=0)
+            again = tl.load(u, mask=wanted, other=0.0).to(tl.float32)
+            now, step = d != 0, d[:, None] * again
+            if BLOCK_K > 1:  # (1,) and (1, BLOCK_D)
+                now = tl.max(now.to(tl.int32), axis=0, keep_dims=True) > 0
+                step = tl.sum(step, axis=0, keep_dims=True)
+            h = tl.where(now[:, None], h + step, h)  # else -0.0 would become 0.0
+            moved |= now
+        index, acts = acting(edits, at, row, first + BLOCK_K, K, BLOCK_K)
+    return h, moved
+
+
+@triton.jit
+def steer_kernel(
+    x,
+    bank,
+    edits,
+    position,
+    stride_b,
+    stride_t,
+    T,
+    K,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
+    at = positions(position, row, t, T, PADDING)
+    index, acts = acting(edits, at, row, 0, K, BLOCK_K)
+    x += row * stride_b + t[:, None] * stride_t + column[None, :]
+    h = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    h, moved = edited(h, at, index, acts, row, column, bank, edits, K, D, BLOCK_T, BLOCK_K)
+    tl.store(x, h, mask=inside & moved[:, None])  # the one rounding
+
+
+# The op and its launcher.
+
+
+def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None = None) -> Tensor:
+    """Edit x (B, T, D) in place and return it.
+
+    bank (N, D) holds unit rows; position (B, T) int32 says where a token stands (see Edit); None
+    stands for 0 everywhere. Sums in float32 and rounds once. Where no edit moves anything x keeps
+    its bits. x is float32, float16 or bfloat16 and may be strided but for D; the bank's type is
+    best x's own. ValueError for sizes, types or devices that do not go together.
+
+    On a GPU one launch, without host reads or allocation: fit for CUDA graphs, once it has run
+    with the same shapes, strides and types. The tables' contents may then change between replays.
+    """
+    check(x, bank, edits, position)
+    if edits.index.shape[1]:
+        op(x, bank, list(edits), None if position is None else position.contiguous())
+    return x
+
+
+@torch.library.custom_op("tinysteer::steer", mutates_args=("x",))
+def op(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
+    if x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D:
+        launch(x, bank, Edits(*edits), position)
+    else:
+        formula(x, bank, Edits(*edits), position)
+
+
+@op.register_fake
+def _(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
+    return None
+
+
+def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
+    """Run the kernel: one program for BLOCK_T positions of a row."""
+    (B, T, D), K = x.shape, edits.index.shape[1]
+    tile, n_warps = tiling(T, D, K, max(x.itemsize, bank.itemsize))
+    steer_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
+        *(x, bank, edits, position),
+        *x.stride()[:2],
+        *(T, K, D),
+        **tile,
+        PADDING=PADDING,
+        num_warps=n_warps,
+    )
+
+
+def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
+    """Block sizes and warps for T positions of a row with K edits, elements of `itemsize` bytes.
+
+    A thread holds 32 elements of x at most and reads 128 bytes of directions at a time, 16 in one
+    load: what compiles without spills (tests/test_compiles.py). Not yet tuned on a GPU.
+    """
+    block_d = triton.next_power_of_2(D)
+    n_warps = min(max(block_d // 256, 1), 8) if block_d <= 4096 else 16
+    if T == 1:
+        block_t, block_k = 1, min(4, K & -K, 4096 * n_warps // (block_d * itemsize))
+    else:
+        block_t, block_k = min(4, triton.next_power_of_2(T), 1024 * n_warps // block_d), 1
+    return {"BLOCK_D": block_d, "BLOCK_T": block_t, "BLOCK_K": max(block_k, 1)}, n_warps
+
+
+def check_stream(x: Tensor) -> None:
+    """ValueError for what is no residual stream that the kernels can read."""
+    if x.ndim != 3:
+        raise ValueError(f"x is {tuple(x.shape)}: give (rows, positions, width)")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x is {x.dtype}: use float32, float16 or bfloat16")
+    B, T, _ = x.shape
+    if x.stride(2) != 1 or (x.stride(0) == 0 and B > 1) or (x.stride(1) == 0 and T > 1):
+        raise ValueError(f"x has strides {x.stride()}: its last must be 1, the others not 0")
+
+
+def check(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
+    """ValueError, with the sizes seen, for what does not go together."""
+    check_stream(x)
+    (B, T, D), K = x.shape, edits.index.shape[-1]
+    if bank.ndim != 2 or bank.shape[1] != D:
+        raise ValueError(f"x is {D} wide, but the bank of directions is {tuple(bank.shape)}")
+    if bank.dtype not in FLOATS:
+        raise ValueError(f"the bank is {bank.dtype}: use float32, float16 or bfloat16")
+    if len(edits.index) != B:
+        raise ValueError(f"edits are for {len(edits.index)} rows, x has {B}")
+    if position is not None and position.shape != (B, T):
+        raise ValueError(f"position is {tuple(position.shape)}, x has {B} rows of {T} positions")
+    tensors = {**edits._asdict(), "position": position, "bank": bank}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        shape = {"position": (B, T), "gram": (B, K, K), "bank": bank.shape}.get(name, (B, K))
+        dtype = torch.int32 if name in INTEGERS else bank.dtype if name == "bank" else torch.float32
+        if tensor.shape != shape or tensor.dtype != dtype:
+            seen = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"{name} is {seen}: it should be {shape} {dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"x is on {x.device}, {name} on {tensor.device}")
+        if name != "position" and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: make it contiguous")

@@ -1,0 +1,219 @@
+"""The op `add_steer_norm`: what lies between two products of a decoder, in one launch.
+
+    delta <- rms_norm(delta)     Gemma's post-norm, if any
+    x     <- x + delta
+    x     <- the edits of its row, as `steer` makes them
+    y     <- rms_norm(x)         for the next block, or for the head
+
+B  batch     T  positions     D  model width
+
+x and delta are read once, x and y written once: 8 B T D bytes in 16 bits, and the directions.
+One after another the three steps move 6 + 4 + 4, Gemma's post-norm 4 more.
+
+Every step rounds where Hugging Face's models round, so that a row without edits comes out as from
+the unfused steps: the sum to x's type; the norm in float32, then either rounded and multiplied by
+the weight (Llama, Mistral, Phi-3), or multiplied by offset + weight and rounded (Gemma).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import edits as editing
+from .devices import HAS_TRITON, tl, triton
+from .edits import MAX_D, acting, edited, place, positions, tiling
+from .tables import PADDING, Edits
+
+# The formula.
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x (..., D), weight (D,) -> x / rms(x) * (offset + weight), rounded as its family does."""
+    y = F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+    if offset:  # rounded after the weight, as Gemma was trained
+        return (y * (offset + weight.float())).to(x.dtype)
+    return y.to(x.dtype) * weight
+
+
+def formula(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    post_weight: Tensor | None,
+    bank: Tensor | None,
+    edits: Edits | None,
+    position: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What `add_steer_norm` computes, in PyTorch."""
+    if post_weight is not None:
+        delta = rms_norm(delta, post_weight, eps, offset)
+    x = x + delta
+    if edits is not None:
+        editing.formula(x, bank, edits, position)
+    return x, rms_norm(x, weight, eps, offset)
+
+
+# The kernel.
+
+
+@triton.jit
+def normed(h, weight, eps, D: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.constexpr):
+    """h (BLOCK_T, BLOCK_D) float32, 0 beyond D; weight (BLOCK_D,) -> rms_norm, not yet rounded."""
+    y = h * tl.rsqrt(tl.sum(h * h, axis=1) / D + eps)[:, None]
+    if OFFSET != 0:
+        return y * (OFFSET + weight.to(tl.float32))[None, :]
+    return y.to(dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
+
+
+@triton.jit
+def add_steer_norm_kernel(
+    x,
+    delta,
+    weight,
+    post_weight,
+    bank,
+    edits,
+    position,
+    x_out,
+    y_out,
+    x_stride_b,
+    x_stride_t,
+    delta_stride_b,
+    delta_stride_t,
+    T,
+    K,
+    eps,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    dtype: tl.constexpr = x.dtype.element_ty
+    row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
+    if edits is not None:
+        at = positions(position, row, t, T, PADDING)
+        index, acts = acting(edits, at, row, 0, K, BLOCK_K)
+    x += row * x_stride_b + t[:, None] * x_stride_t + column[None, :]
+    delta += row * delta_stride_b + t[:, None] * delta_stride_t + column[None, :]
+    h = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    step = tl.load(delta, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < D, other=0.0)
+    if post_weight is not None:
+        post_scale = tl.load(post_weight + column, mask=column < D, other=0.0)
+        step = normed(step, post_scale, eps, D, OFFSET, dtype).to(dtype).to(tl.float32)
+    h = (h + step).to(dtype).to(tl.float32)
+    if edits is not None:
+        h, _ = edited(h, at, index, acts, row, column, bank, edits, K, D, BLOCK_T, BLOCK_K)
+        h = h.to(dtype).to(tl.float32)
+    out = (row * T + t)[:, None] * D + column[None, :]
+    tl.store(x_out + out, h, mask=inside)
+    tl.store(y_out + out, normed(h, scale, eps, D, OFFSET, dtype), mask=inside)
+
+
+# The op and its launcher.
+
+
+def add_steer_norm(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    post_weight: Tensor | None = None,
+    bank: Tensor | None = None,
+    edits: Edits | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + delta, steered, and its RMSNorm: two new tensors (B, T, D).
+
+    x and delta (B, T, D) of one type; weight, post_weight (D,) of the same. offset: 1 for Gemma's
+    norms, whose weights are stored less 1. bank, edits and position are `steer`'s; without edits
+    nothing is steered. ValueError for sizes, types or devices that do not go together.
+
+    On a GPU one launch, as fit for CUDA graphs as `steer`.
+    """
+    check(x, delta, weight, post_weight)
+    if edits is None or not edits.index.shape[1]:
+        bank = edits = position = None
+    elif bank is None:
+        raise ValueError("edits need the bank of directions that they name")
+    else:
+        editing.check(x, bank, edits, position)
+        position = None if position is None else position.contiguous()
+    tables = [] if edits is None else list(edits)
+    return op(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+
+
+@torch.library.custom_op("tinysteer::add_steer_norm", mutates_args=())
+def op(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    post_weight: Tensor | None,
+    bank: Tensor | None,
+    edits: Sequence[Tensor],
+    position: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    run = launch if x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D else formula
+    tables = Edits(*edits) if edits else None
+    return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+
+
+@op.register_fake
+def _(x, delta, weight, eps, offset, post_weight, bank, edits, position):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def launch(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    post_weight: Tensor | None,
+    bank: Tensor | None,
+    edits: Edits | None,
+    position: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel: one program for BLOCK_T positions of a row."""
+    (B, T, D), K = x.shape, 0 if edits is None else edits.index.shape[1]
+    sizes = [tensor.itemsize for tensor in (x, bank) if tensor is not None]
+    tile, n_warps = tiling(T, D, K, max(sizes))
+    x_out, y_out = x.new_empty(x.shape), x.new_empty(x.shape)
+    strides = *x.stride()[:2], *delta.stride()[:2]
+    add_steer_norm_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
+        *(x, delta, weight, post_weight, bank, edits, position, x_out, y_out),
+        *strides,
+        *(T, K, eps, D, offset),
+        **tile,
+        PADDING=PADDING,
+        num_warps=n_warps,
+    )
+    return x_out, y_out
+
+
+def check(x: Tensor, delta: Tensor, weight: Tensor, post_weight: Tensor | None) -> None:
+    """ValueError, with the sizes seen, for what does not go together."""
+    editing.check_stream(x)
+    D = x.shape[2]
+    if delta.shape != x.shape:
+        raise ValueError(f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}")
+    if delta.stride(2) != 1:
+        raise ValueError(f"delta has strides {delta.stride()}: its last must be 1")
+    for name, tensor in {"delta": delta, "weight": weight, "post_weight": post_weight}.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            theirs = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"x is {x.dtype} on {x.device}, {name} {theirs}")
+        if name != "delta" and (tensor.shape != (D,) or not tensor.is_contiguous()):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}: it should be {(D,)}, contiguous")

@@ -1,0 +1,93 @@
+"""Ordered edits of every row -> the tables that kernels read. In float64, on the host.
+
+B  rows     K  edits per row     N  directions in the bank     D  model width
+
+An edit moves h along one unit direction u by a clipped affine function of its projection,
+
+    d = clip(bias - slope <h, u>, low, high)        h <- h + d u
+
+and the edits of a row act one after another, each on the result of those before it. Only
+projections pass between them: with p = U h of the h that came in and the Gram matrix G = U U^T,
+edit k sees p_k + sum_{j<k} d_j G_kj. So a row's K dot products can all be taken at once, K scalars
+follow one from the other, and h is written once, h + sum_k d_k u_k.
+"""
+
+from collections.abc import Sequence
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PADDING = -(2**31)  # the position of a column that holds no token: no edit reaches it
+ALWAYS = (PADDING + 1, 2**31 - 1)  # first and last of an edit that acts everywhere
+
+
+class Edit(NamedTuple):
+    """One edit of one row. Position 0 is the last prompt token; `last` is included.
+
+    add: bias=weight. To a target: bias=target, slope=1, and low=0 to go only up, high=0 only down.
+    Ablation: slope=1.
+    """
+
+    index: int = -1  # of the direction in the bank; -1: no edit
+    bias: float = 0.0
+    slope: float = 0.0
+    low: float = -inf
+    high: float = inf
+    first: int = ALWAYS[0]
+    last: int = ALWAYS[1]
+
+
+class Edits(NamedTuple):
+    """The edits of B rows as tables (B, K), an index of -1 where a row has fewer than K."""
+
+    index: Tensor  # int32
+    bias: Tensor  # float32, like slope, low and high
+    slope: Tensor
+    low: Tensor
+    high: Tensor
+    first: Tensor  # int32
+    last: Tensor  # int32
+    gram: Tensor  # (B, K, K) float32, <u_k, u_j>
+
+    def copy_(self, other: "Edits") -> "Edits":
+        """Take other's contents in place, as a captured CUDA graph needs it. Shapes must agree."""
+        if self.index.shape != other.index.shape:
+            old, new = tuple(self.index.shape), tuple(other.index.shape)
+            raise ValueError(f"the tables hold {old} rows and edits, the new ones {new}")
+        for mine, theirs in zip(self, other, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        return self
+
+
+def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 0) -> Edits:
+    """bank (N, D); one list of edits a row -> tables on the bank's device.
+
+    K is the longest list's length, `capacity` at least, and beyond 2 a multiple of 4: the kernel
+    takes as many at a time. ValueError for a direction that the bank has not, or one that is not
+    of unit length where the edit reads a projection.
+    """
+    K = max(capacity, *map(len, rows), 0)
+    K += -K % 4 if K > 2 else 0
+    padded = [[*row, *[Edit()] * (K - len(row))] for row in rows]
+    for edit in (edit for row in padded for edit in row):
+        if not -1 <= edit.index < len(bank):
+            raise ValueError(f"an edit names direction {edit.index} of a bank of {len(bank)}")
+    table = torch.tensor(padded, dtype=torch.float64).reshape(len(rows), K, len(Edit._fields))
+    index, bias, slope, low, high, first, last = table.unbind(-1)
+    u = bank.cpu()[index.long().clamp(min=0)].double()  # (B, K, D)
+    u = torch.where((index >= 0)[..., None], u, 0.0)
+    gram = u @ u.mT
+    length = gram.diagonal(dim1=1, dim2=2).sqrt()
+    if (off := (slope != 0) & (index >= 0) & ((length - 1).abs() > 0.01)).any():
+        culprit, size = int(index[off][0]), float(length[off][0])
+        raise ValueError(f"direction {culprit} of the bank has length {size:.4g}: make it 1")
+    tables = Edits(
+        index.int(),
+        *(column.float() for column in (bias, slope, low, high)),
+        first.int(),
+        last.int(),
+        gram.float(),
+    )
+    return Edits(*(column.to(bank.device) for column in tables))
