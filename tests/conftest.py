@@ -1,16 +1,21 @@
 """What every test may use: tiny random checkpoints of every family, and the real models."""
 
+from device import DEVICE  # it sets what torch and triton see: first
+
+# isort: split
 import os
 from pathlib import Path
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the oracles run on the CPU: so do we
 
 import pytest
 import torch
 from checkpoints import VARIANTS, make_checkpoint
+from tinysteer_kernels.devices import HAS_TRITON
 
 import tinysteer as ts
 from tinysteer.lab import FORMATS, Lab
+
+if HAS_TRITON and DEVICE == "cpu":
+    import interpreter  # noqa: F401
 
 REAL = ("smollm2", "gemma3")
 torch.set_num_threads(1)  # tiny models lose by more

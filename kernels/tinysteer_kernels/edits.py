@@ -159,13 +159,14 @@ def steer_kernel(
     stride_b,
     stride_t,
     T,
-    K,
+    blocks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDING: tl.constexpr,
 ):
+    K = blocks * BLOCK_K  # said so, the compiler knows where tables are aligned
     row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
     at = positions(position, row, t, T, PADDING)
     index, acts = acting(edits, at, row, 0, K, BLOCK_K)
@@ -197,10 +198,9 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None = None)
 
 @torch.library.custom_op("tinysteer::steer", mutates_args=("x",))
 def op(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
-    if x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D:
-        launch(x, bank, Edits(*edits), position)
-    else:
-        formula(x, bank, Edits(*edits), position)
+    with torch.cuda.device_of(x):  # Triton launches where PyTorch's current device is
+        run = launch if serves(x) else formula
+        run(x, bank, Edits(*edits), position)
 
 
 @op.register_fake
@@ -215,25 +215,31 @@ def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> No
     steer_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
         *(x, bank, edits, position),
         *x.stride()[:2],
-        *(T, K, D),
+        *(T, K // tile["BLOCK_K"], D),
         **tile,
         PADDING=PADDING,
         num_warps=n_warps,
     )
 
 
+def serves(x: Tensor) -> bool:
+    """Whether the kernels can run on x; the formulas always can."""
+    return x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D
+
+
 def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
     """Block sizes and warps for T positions of a row with K edits, elements of `itemsize` bytes.
 
-    A thread holds 32 elements of x at most and reads 128 bytes of directions at a time, 16 in one
-    load: what compiles without spills (tests/test_compiles.py). Not yet tuned on a GPU.
+    A thread holds 32 elements of x at most, and up to 16 of each of four directions: what compiles
+    without spills and loads 128 bits at a time (tests/test_compiles.py). Not yet tuned on a GPU.
     """
     block_d = triton.next_power_of_2(D)
     n_warps = min(max(block_d // 256, 1), 8) if block_d <= 4096 else 16
-    if T == 1:
-        block_t, block_k = 1, min(4, K & -K, 4096 * n_warps // (block_d * itemsize))
+    share = block_d // (32 * n_warps)  # of a position, to a thread
+    if T > 1:
+        block_t, block_k = min(4, triton.next_power_of_2(T), max(32 // share, 1)), 1
     else:
-        block_t, block_k = min(4, triton.next_power_of_2(T), 1024 * n_warps // block_d), 1
+        block_t, block_k = 1, min(4, K & -K, 128 // (share * itemsize)) if share <= 16 else 1
     return {"BLOCK_D": block_d, "BLOCK_T": block_t, "BLOCK_K": max(block_k, 1)}, n_warps
 
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import edits as editing
-from .devices import HAS_TRITON, tl, triton
-from .edits import MAX_D, acting, edited, place, positions, tiling
+from .devices import tl, triton
+from .edits import acting, edited, place, positions, serves, tiling
 from .tables import PADDING, Edits
 
 # The formula.
@@ -85,7 +85,7 @@ def add_steer_norm_kernel(
     delta_stride_b,
     delta_stride_t,
     T,
-    K,
+    blocks,
     eps,
     D: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -95,6 +95,7 @@ def add_steer_norm_kernel(
     PADDING: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
+    K = blocks * BLOCK_K
     row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
     if edits is not None:
         at = positions(position, row, t, T, PADDING)
@@ -163,9 +164,10 @@ def op(
     edits: Sequence[Tensor],
     position: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    run = launch if x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D else formula
-    tables = Edits(*edits) if edits else None
-    return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+    with torch.cuda.device_of(x):  # Triton launches where PyTorch's current device is
+        run = launch if serves(x) else formula
+        tables = Edits(*edits) if edits else None
+        return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
 
 
 @op.register_fake
@@ -193,7 +195,7 @@ def launch(
     add_steer_norm_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
         *(x, delta, weight, post_weight, bank, edits, position, x_out, y_out),
         *strides,
-        *(T, K, eps, D, offset),
+        *(T, K // tile["BLOCK_K"], eps, D, offset),
         **tile,
         PADDING=PADDING,
         num_warps=n_warps,

@@ -1,0 +1,173 @@
+"""Compile the kernels as their launchers would for a GPU that need not be here, and read the code.
+
+    python tests/compiled.py 90
+
+prints a JSON object, variant -> what `machine_code` counts, for compute capability 9.0. Triton's
+interpreter must be off.
+"""
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from tinysteer_kernels import Edit, Edits, compile_edits, residual
+from tinysteer_kernels import edits as editing
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+BF16, FP32 = torch.bfloat16, torch.float32
+ONE, MANY = 1, 64  # positions: decoding, and a prefill
+
+# op, positions, width, edits, type of x, of the bank, Gemma's post-norm
+VARIANTS = {
+    "steer, decode": ("steer", ONE, 4096, 4, BF16, BF16, False),
+    "steer, decode, one edit": ("steer", ONE, 2048, 1, BF16, BF16, False),
+    "steer, decode, float32": ("steer", ONE, 4096, 4, FP32, FP32, False),
+    "steer, decode, precise bank": ("steer", ONE, 4096, 4, BF16, FP32, False),
+    "steer, prefill": ("steer", MANY, 4096, 16, BF16, BF16, False),
+    "steer, prefill, widest": ("steer", MANY, 16384, 4, BF16, BF16, False),
+    "fused, decode": ("fused", ONE, 4096, 4, BF16, BF16, False),
+    "fused, decode, small": ("fused", ONE, 576, 16, BF16, BF16, False),
+    "fused, decode, 8192": ("fused", ONE, 8192, 4, BF16, BF16, False),
+    "fused, decode, widest": ("fused", ONE, 16384, 4, BF16, BF16, True),
+    "fused, decode, post-norm": ("fused", ONE, 3584, 4, BF16, BF16, True),
+    "fused, decode, float16": ("fused", ONE, 2304, 4, torch.float16, torch.float16, True),
+    "fused, decode, float32": ("fused", ONE, 8192, 4, FP32, FP32, False),
+    "fused, decode, no edits": ("fused", ONE, 4096, 0, BF16, BF16, False),
+    "fused, prefill": ("fused", MANY, 4096, 4, BF16, BF16, False),
+    "fused, prefill, post-norm": ("fused", MANY, 2048, 4, BF16, BF16, True),
+}
+
+
+class Recorder:
+    """Stands in a kernel's place and keeps what a launcher hands it."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, **kwargs):
+            self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            self.n_warps = num_warps
+            return self
+
+        return launch
+
+
+def describe(value):
+    """An argument's type as Triton writes it; None, floats and ints of the tile are constants."""
+    if isinstance(value, Edits):
+        return Edits(*map(describe, value))
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32" if isinstance(value, float) else "constexpr"
+
+
+def compile_as_launched(recorder: Recorder, capability: int):
+    """The recorded launch -> Triton's compiled kernel, and its arguments' names, * before pointers.
+
+    As in a launch, tensors are aligned and sizes that 16 divides are known to be.
+    """
+    signature, constants, aligned, names = {}, {}, [], []
+    constexprs = {p.name for p in recorder.kernel.params if p.is_constexpr}
+    for i, (name, value) in enumerate(recorder.arguments.items()):
+        signature[name] = "constexpr" if name in constexprs else describe(value)
+        if signature[name] == "constexpr":
+            constants[(i,)] = value
+        elif isinstance(value, Edits):
+            aligned += [(i, j) for j in range(len(value))]
+            names += [f"*edits.{field}" for field in value._fields]
+        else:
+            names.append(f"*{name}" if isinstance(value, torch.Tensor) else name)
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                aligned.append((i,))
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(recorder.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options={"num_warps": recorder.n_warps})
+    return kernel, names
+
+
+def record(op, T, D, K, dtype, bank_dtype, post_norm) -> Recorder:
+    """Launch an op on empty tensors with the kernel replaced."""
+    x = torch.empty(2, T, D, dtype=dtype)
+    bank = torch.eye(1, D, dtype=bank_dtype)
+    edits = compile_edits(bank, [[Edit(0, bias=1.0)] * K] * 2)
+    position = torch.zeros(2, T, dtype=torch.int32)
+    if op == "steer":
+        editing.steer_kernel = recorder = Recorder(STEER)
+        editing.launch(x, bank, edits, position)
+    else:
+        residual.add_steer_norm_kernel = recorder = Recorder(FUSED)
+        weight, post = x[0, 0].clone(), x[0, 0].clone() if post_norm else None
+        steering = (bank, edits, position) if K else (None, None, None)
+        residual.launch(x, x.clone(), weight, 1e-6, float(post_norm), post, *steering)
+    return recorder
+
+
+STEER, FUSED = editing.steer_kernel, residual.add_steer_norm_kernel
+
+
+def machine_code(kernel) -> dict:
+    """Registers, bytes of stack, spills and barriers of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], **run).stdout
+        code = subprocess.run([BIN / "nvdisasm", "-c", file.name], **run).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "barriers": len(re.findall(r"\bBAR\.", code)),
+    }
+
+
+def load_widths(ptx: str, pointers: list[str]) -> dict[str, dict[int, int]]:
+    """pointer -> {bits: number of loads}, by following each address back to the kernel's arguments.
+
+    pointers: the arguments' names in order, those that are constants left out.
+    """
+    made_of = collections.defaultdict(set)  # register -> what it is computed from
+    loads = []  # register of the address, bits
+    for line in ptx.splitlines():
+        load = re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s.*\[\s*(%\w+)", line)
+        rule = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(%\w+),\s*(.*);", line)
+        if load:
+            loads.append((load[3], int(load[1] or 1) * int(load[2])))
+        elif rule and rule[1].startswith("ld.param"):
+            made_of[rule[2]].add(pointers[int(re.search(r"param_(\d+)", rule[3])[1])])
+        elif rule:
+            made_of[rule[2]].update(re.findall(r"%\w+", rule[3]))
+    widths = collections.defaultdict(collections.Counter)
+    for register, bits in loads:
+        todo, seen = [register], set()
+        while todo:
+            if (name := todo.pop()) not in seen:
+                seen.add(name)
+                todo += made_of[name]
+        (base,) = {name for name in seen if name.startswith("*")}
+        widths[base[1:]][bits] += 1
+    return widths
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    report = {}
+    for name, variant in VARIANTS.items():
+        kernel, pointers = compile_as_launched(record(*variant), capability)
+        report[name] = machine_code(kernel) | {"loads": load_widths(kernel.asm["ptx"], pointers)}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""`add_steer_norm`, the PyTorch formula and the kernel, against its three steps."""
+
+import math
+
+import pytest
+import torch
+from device import DEVICE
+from test_edits import DTYPES, case, check_error, one_by_one, random_case
+from tinysteer_kernels import Edit, add_steer_norm, compile_edits, residual, rms_norm
+from tinysteer_kernels import edits as editing
+
+EPS = 1e-6
+WAYS = {"formula": residual.formula, "kernel": residual.launch}
+# family -> offset of its norms, whether delta has a norm of its own
+FAMILIES = {"llama": (0.0, False), "gemma": (1.0, False), "gemma 2": (1.0, True)}
+
+
+@pytest.fixture(params=WAYS)
+def run(request):
+    """The op without its checks: (x, delta, weight, post_weight, offset, bank, edits, position)."""
+    way = WAYS[request.param]
+
+    def run(x, delta, weight, post, offset, bank=None, edits=None, position=None):
+        return way(x, delta, weight, EPS, offset, post, bank, edits, position)
+
+    return run
+
+
+def surroundings(x, family, seed=0):
+    """delta, weight, post_weight or None, offset for x of a family."""
+    offset, post_norm = FAMILIES[family]
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(x.shape, generator=generator).to(DEVICE, x.dtype)
+    weight, post = (
+        (torch.randn(x.shape[-1], generator=generator) + 1 - offset).to(DEVICE, x.dtype)
+        for _ in range(2)
+    )
+    return delta, weight, post if post_norm else None, offset
+
+
+def exact_norm(h, weight, offset):
+    """In float64."""
+    return h * (h.square().mean(-1, keepdim=True) + EPS).rsqrt() * (offset + weight.double())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(2000, 2040))
+def test_it_equals_its_steps_in_float64(run, seed, family):
+    """x rounds where the steps round, so the exact ones start from each rounded value."""
+    x, bank, rows, position = random_case(seed, widths=(64, 100, 576, 2304, 4096))
+    delta, weight, post, offset = surroundings(x, family, seed)
+    step = delta if post is None else rms_norm(delta, post, EPS, offset)
+    expected = one_by_one(x + step, bank, rows, position)
+    edits = compile_edits(bank, rows)
+    new, y = run(
+        x, delta, weight, post, offset, bank, edits if edits.index.numel() else None, position
+    )
+    check_error(new, expected, x.dtype)
+    exact = exact_norm(new.double(), weight, offset)
+    assert (y.double() - exact).norm() <= 2 * DTYPES[x.dtype] * exact.norm()  # Llama rounds twice
+
+
+def same_up_to_a_rare_ulp(result, expected):
+    """Sums of squares in another order differ by 1e-7, which rounding shows once in thousands."""
+    wrong = result != expected
+    assert wrong.float().mean() <= 2e-3
+    torch.testing.assert_close(result, expected, atol=0, rtol=2 * torch.finfo(result.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_without_edits_is_what_the_unfused_steps_give(run, family, dtype):
+    x, *_ = case(B=2, T=5, D=576, dtype=dtype)
+    delta, weight, post, offset = surroundings(x, family)
+    step = delta if post is None else rms_norm(delta, post, EPS, offset)
+    new, y = run(x, delta, weight, post, offset)
+    if post is None:
+        assert torch.equal(new, x + step)
+    else:
+        same_up_to_a_rare_ulp(new, x + step)
+    same_up_to_a_rare_ulp(y, rms_norm(new, weight, EPS, offset))
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_idle_edits_change_no_bit(run, family, T):
+    idle = [Edit(), Edit(0, bias=0.0), Edit(1, bias=3.0, first=9), Edit()]
+    x, bank, edits, position = case(*idle, B=2, T=T, D=64, dtype=torch.bfloat16)
+    x[0, 0, :4] = -0.0
+    delta, weight, post, offset = surroundings(x, family)
+    delta[0, 0, :4] = -0.0
+    without = run(x, delta, weight, post, offset)
+    idle = run(x, delta, weight, post, offset, bank, edits, position)
+    for a, b in zip(idle, without, strict=True):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_it_equals_add_then_steer_then_norm(run, T):
+    """Each step by the same way: the sum, `steer` and the norm of its result."""
+    row = [Edit(0, bias=9.0), Edit(1, bias=-4.0, slope=1.0), Edit(2, slope=1.0)]
+    x, bank, edits, position = case(*row, B=2, T=T, D=576, dtype=torch.bfloat16)
+    delta, weight, post, offset = surroundings(x, "llama")
+    new, y = run(x, delta, weight, post, offset, bank, edits, position)
+    same_up_to_a_rare_ulp(new, editing.formula(x + delta, bank, edits, position))
+    same_up_to_a_rare_ulp(y, rms_norm(new, weight, EPS))
+    assert (y - rms_norm(x + delta, weight, EPS)).abs().max() > 0.1, "the norm is of the edited x"
+
+
+def test_its_inputs_stay_as_they_were(run):
+    x, bank, edits, position = case(Edit(0, bias=2.0))
+    delta, weight, post, offset = surroundings(x, "gemma 2")
+    before = [tensor.clone() for tensor in (x, delta, weight, post)]
+    run(x, delta, weight, post, offset, bank, edits, position)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, delta, weight, post), strict=True))
+
+
+def test_strided_rows_are_read_where_they_lie(run):
+    x, bank, edits, position = case(Edit(0, bias=2.0), B=2, T=3)
+    delta, weight, post, offset = surroundings(x, "llama")
+    expected = run(x, delta, weight, post, offset, bank, edits, position)
+    wide = torch.full((2, 5, 40), math.nan, device=DEVICE)
+    wide[:, 1:4, 4:20], wide[:, 1:4, 22:38] = x, delta
+    x, delta = wide[:, 1:4, 4:20], wide[:, 1:4, 22:38]
+    result = run(x, delta, weight, post, offset, bank, edits, position)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert all(tensor.is_contiguous() for tensor in result)
+
+
+def test_a_nan_row_stays_alone(run):
+    x, bank, edits, position = case(Edit(0, bias=1.0), Edit(1, slope=1.0), B=2)
+    delta, weight, post, offset = surroundings(x, "gemma 2")
+    clean = run(x, delta, weight, post, offset, bank, edits, position)
+    x[0] = math.nan
+    spoilt = run(x, delta, weight, post, offset, bank, edits, position)
+    for a, b in zip(spoilt, clean, strict=True):
+        assert a[0].isnan().all()
+        assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_the_norm_rounds_as_transformers_does(name, dtype):
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    theirs = {"llama": LlamaRMSNorm, "gemma2": Gemma2RMSNorm, "gemma3": Gemma3RMSNorm}[name]
+    theirs = theirs(576, eps=EPS).to(DEVICE, dtype)
+    torch.nn.init.normal_(theirs.weight.data, generator=None)
+    x = torch.randn(64, 576, device=DEVICE).to(dtype)
+    ours = rms_norm(x, theirs.weight.data, EPS, 0.0 if name == "llama" else 1.0)
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours, theirs(x).data)
+    else:
+        same_up_to_a_rare_ulp(ours, theirs(x).data)
+
+
+def test_the_op_is_the_formula_with_defaults():
+    x, bank, edits, position = case(Edit(0, bias=2.0))
+    delta, weight, _, _ = surroundings(x, "llama")
+    new, y = add_steer_norm(x, delta, weight, EPS)
+    assert torch.equal(new, x + delta)
+    torch.testing.assert_close(y, rms_norm(new, weight, EPS))
+    new, y = add_steer_norm(x, delta, weight, EPS, bank=bank, edits=edits, position=position)
+    torch.testing.assert_close(new, x + delta + 2 * bank[0])
+    torch.testing.assert_close(y, rms_norm(new, weight, EPS))
+
+
+BAD = {
+    "delta of another shape": ({"delta": torch.zeros(1, 2, 16)}, r"x is \(1, 3, 16\), delta"),
+    "delta of another type": ({"delta": torch.zeros(1, 3, 16).half()}, "delta torch.float16"),
+    "delta transposed": ({"delta": torch.zeros(1, 16, 3).mT}, "delta has strides"),
+    "a weight of another width": ({"weight": torch.zeros(15)}, r"weight is \(15,\).*\(16,\)"),
+    "a weight of another type": ({"weight": torch.zeros(16).half()}, "weight torch.float16"),
+    "a post-norm's weight too short": ({"post_weight": torch.zeros(1)}, r"post_weight is \(1,\)"),
+    "edits without a bank": ({"edits": case(Edit(0))[2]}, "edits need the bank"),
+    "edits of another batch": (
+        {"bank": case()[1], "edits": case(Edit(0), B=2)[2]},
+        "edits are for 2 rows, x has 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused_with_its_sizes(name):
+    spoilt, message = BAD[name]
+    x, *_ = case()
+    good = {"delta": torch.zeros_like(x), "weight": torch.ones(16, device=DEVICE), "eps": EPS}
+    spoilt = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in spoilt.items()}
+    with pytest.raises(ValueError, match=message):
+        add_steer_norm(x, **good | spoilt)
