@@ -235,9 +235,9 @@ def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
     """
     block_d = triton.next_power_of_2(D)
     n_warps = min(max(block_d // 256, 1), 8) if block_d <= 4096 else 16
-    share = block_d // (32 * n_warps)  # of a position, to a thread
+    share = max(block_d // (32 * n_warps), 1)  # of a position, to a thread
     if T > 1:
-        block_t, block_k = min(4, triton.next_power_of_2(T), max(32 // share, 1)), 1
+        block_t, block_k = min(4, triton.next_power_of_2(T), 32 // share), 1
     else:
         block_t, block_k = 1, min(4, K & -K, 128 // (share * itemsize)) if share <= 16 else 1
     return {"BLOCK_D": block_d, "BLOCK_T": block_t, "BLOCK_K": max(block_k, 1)}, n_warps

@@ -1,0 +1,121 @@
+"""The kernels without tinysteer: in a transformers hook, in a split residual, from a hub."""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import hooked, layers_of
+from tinysteer_kernels import Edit, add_steer_norm, compile_edits, steer
+
+from tinysteer.edits import Edit as LayerEdit
+
+LAYERS = (1, 3)
+
+
+@pytest.fixture
+def theirs(checkpoint):
+    """A tiny random Llama of transformers', float32."""
+    return checkpoint("llama: grouped heads")[1]
+
+
+@pytest.fixture
+def tokens(theirs):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(theirs.config.vocab_size, (2, 7), generator=generator)
+
+
+@pytest.fixture
+def bank(theirs):
+    generator = torch.Generator().manual_seed(1)
+    return torch.nn.functional.normalize(
+        torch.randn(3, theirs.config.hidden_size, generator=generator), dim=-1
+    )
+
+
+ROWS = [
+    [Edit(0, bias=4.0), Edit(1, bias=3.0, slope=1.0)],
+    [Edit(2, slope=1.0), Edit(0, bias=-5.0, slope=1.0, high=0.0), Edit(1, bias=2.0)],
+]
+
+
+@torch.no_grad()
+def by_reference(theirs, tokens, bank):
+    """Each row alone, one forward hook doing one edit after another."""
+    logits = []
+    for row, ids in zip(ROWS, tokens, strict=True):
+        edits = [LayerEdit(layer, bank[move.index], move) for layer in LAYERS for move in row]
+        with hooked(theirs, edits):
+            logits.append(theirs(ids[None]).logits)
+    return torch.cat(logits)
+
+
+def test_a_forward_hook_steers_each_row_of_a_transformers_model(theirs, tokens, bank):
+    edits = compile_edits(bank, ROWS)
+    handles = [
+        layers_of(theirs)[layer].register_forward_hook(lambda block, args, h: steer(h, bank, edits))
+        for layer in LAYERS
+    ]
+    with torch.no_grad():
+        result = theirs(tokens).logits
+    for handle in handles:
+        handle.remove()
+    assert (result - theirs(tokens).logits).abs().max() > 0.1
+    torch.testing.assert_close(result, by_reference(theirs, tokens, bank), atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_split_residual_is_steered_in_its_sum(theirs, tokens, bank):
+    """The stream as vLLM keeps it: a residual, and what the last product adds to it."""
+    base, edits = theirs.model, compile_edits(bank, ROWS)
+    residual = base.embed_tokens(tokens)
+    place = torch.arange(tokens.shape[1])[None]
+    attend = {
+        "position_embeddings": base.rotary_emb(residual, place),
+        "attention_mask": torch.full((7, 7), -1e9).triu(1)[None, None],
+    }
+    eps = theirs.config.rms_norm_eps
+    y = base.layers[0].input_layernorm(residual)
+    for layer, block in enumerate(base.layers):
+        last = layer + 1 == len(base.layers)
+        after = base.norm if last else base.layers[layer + 1].input_layernorm
+        hidden = block.self_attn(y, **attend)[0]
+        residual, y = add_steer_norm(residual, hidden, block.post_attention_layernorm.weight, eps)
+        steering = {"bank": bank, "edits": edits} if layer in LAYERS else {}
+        residual, y = add_steer_norm(residual, block.mlp(y), after.weight, eps, **steering)
+    expected = by_reference(theirs, tokens, bank)
+    torch.testing.assert_close(theirs.lm_head(y), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_tokens_of_many_requests_are_rows_of_one_position(bank):
+    """(M, D) of a serving engine: a view with a row for each token."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, bank.shape[1], generator=generator)
+    request = [0, 0, 1, 1]  # of each token
+    whole = torch.stack([x[:2], x[2:]])
+    expected = steer(whole, bank, compile_edits(bank, ROWS)).flatten(0, 1)
+    steer(x[:, None], bank, compile_edits(bank, [ROWS[r] for r in request]))
+    torch.testing.assert_close(x, expected)
+
+
+def has_kernels() -> bool:
+    """Whether Hugging Face's library is installed: our folder kernels/ passes for it in imports."""
+    try:
+        return bool(importlib.metadata.version("kernels"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not has_kernels(), reason="needs Hugging Face's kernels: pip install kernels")
+def test_hugging_faces_kernels_library_loads_the_package(bank, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from kernels import get_local_kernel
+
+    loaded = get_local_kernel(Path(__file__).parents[1] / "kernels")
+    assert loaded.steer is not steer
+    x = torch.zeros(1, 1, bank.shape[1])
+    edits = loaded.compile_edits(bank, [[loaded.Edit(1, bias=2.0)]])
+    torch.testing.assert_close(loaded.steer(x, bank, edits)[0, 0], 2 * bank[1])
+    x = torch.zeros(1, 1, bank.shape[1])  # and the installed one still works beside it
+    edits = compile_edits(bank, [[Edit(1, bias=2.0)]])
+    torch.testing.assert_close(steer(x, bank, edits)[0, 0], 2 * bank[1])
