@@ -127,6 +127,16 @@ def test_strided_rows_are_read_where_they_lie(run):
     assert all(tensor.is_contiguous() for tensor in result)
 
 
+def test_a_transposed_batch_gives_contiguous_results(run):
+    x, bank, edits, position = case(Edit(0, bias=2.0), B=2, T=3)
+    delta, weight, post, offset = surroundings(x, "llama")
+    expected = run(x, delta, weight, post, offset, bank, edits, position)
+    turned = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (x, delta))
+    result = run(*turned, weight, post, offset, bank, edits, position)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert all(tensor.is_contiguous() for tensor in result)
+
+
 def test_a_nan_row_stays_alone(run):
     x, bank, edits, position = case(Edit(0, bias=1.0), Edit(1, slope=1.0), B=2)
     delta, weight, post, offset = surroundings(x, "gemma 2")

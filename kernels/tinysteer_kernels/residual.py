@@ -51,7 +51,7 @@ def formula(
     """What `add_steer_norm` computes, in PyTorch."""
     if post_weight is not None:
         delta = rms_norm(delta, post_weight, eps, offset)
-    x = x + delta
+    x = (x + delta).contiguous()
     if edits is not None:
         editing.formula(x, bank, edits, position)
     return x, rms_norm(x, weight, eps, offset)
