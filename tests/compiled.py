@@ -63,12 +63,14 @@ class Recorder:
 
 
 def describe(value):
-    """An argument's type as Triton writes it; None, floats and ints of the tile are constants."""
+    """An argument's type as Triton writes it; None, and a size of 1, are constants to it."""
     if isinstance(value, Edits):
         return Edits(*map(describe, value))
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
-    return "i32" if isinstance(value, int) else "fp32" if isinstance(value, float) else "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    return "constexpr" if value is None or value == 1 else "i32"
 
 
 def compile_as_launched(recorder: Recorder, capability: int):
