@@ -41,6 +41,9 @@ VARIANTS = {
     "fused, decode, post-norm": ("fused", ONE, 3584, 4, BF16, BF16, True),
     "fused, decode, float16": ("fused", ONE, 2304, 4, torch.float16, torch.float16, True),
     "fused, decode, float32": ("fused", ONE, 8192, 4, FP32, FP32, False),
+    "fused, decode, widest float32": ("fused", ONE, 16384, 4, FP32, FP32, False),
+    "fused, decode, precise bank": ("fused", ONE, 4096, 4, BF16, FP32, True),
+    "fused, prefill, widest float32": ("fused", MANY, 16384, 4, FP32, FP32, False),
     "fused, decode, no edits": ("fused", ONE, 4096, 0, BF16, BF16, False),
     "fused, prefill": ("fused", MANY, 4096, 4, BF16, BF16, False),
     "fused, prefill, post-norm": ("fused", MANY, 2048, 4, BF16, BF16, True),
@@ -54,10 +57,9 @@ class Recorder:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, **kwargs):
-            self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        def launch(*, num_warps, **arguments):
+            self.arguments = {name: arguments[name] for name in self.kernel.arg_names}
             self.n_warps = num_warps
-            return self
 
         return launch
 
@@ -88,7 +90,7 @@ def compile_as_launched(recorder: Recorder, capability: int):
             aligned += [(i, j) for j in range(len(value))]
             names += [f"*edits.{field}" for field in value._fields]
         else:
-            names.append(f"*{name}" if isinstance(value, torch.Tensor) else name)
+            names.append(f"*{name[:-4]}" if isinstance(value, torch.Tensor) else name)  # no _ptr
             if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
                 aligned.append((i,))
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}

@@ -6,6 +6,7 @@ from device import DEVICE
 from test_edits import case
 from tinysteer_kernels import Edit, add_steer_norm, compile_edits, residual, steer
 from tinysteer_kernels import edits as editing
+from tinysteer_kernels.devices import HAS_TRITON
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,12 +58,11 @@ def test_both_stay_in_the_graph_that_a_backend_gets():
         return graph.forward
 
     torch.compile(decoder_end, backend=backend, fullgraph=True)(*inputs())
-    assert "tinysteer.steer.default" in seen
-    assert "tinysteer.add_steer_norm.default" in seen
+    assert "tinysteer_kernels.steer.default" in seen
+    assert "tinysteer_kernels.add_steer_norm.default" in seen
 
 
-def test_nothing_is_read_on_the_host():
-    """A fake tensor has no values: what needed one would raise."""
+def test_fakes_have_the_shapes_of_results_and_need_no_values():
     tensors = inputs()
     with FakeTensorMode() as mode:
         fake = [
@@ -85,26 +85,29 @@ class Calls(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
 @pytest.mark.parametrize("T", [1, 3])
-def test_a_launch_allocates_nothing_but_its_results(T, monkeypatch):
+def test_a_launch_reads_nothing_and_allocates_nothing_but_its_results(T, monkeypatch):
     x, delta, weight, bank, edits, position = inputs(T)
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: None
+            return lambda **arguments: None
 
     monkeypatch.setattr(editing, "steer_kernel", Kernel())
     monkeypatch.setattr(residual, "add_steer_norm_kernel", Kernel())
     with Calls() as calls:
+        editing.check(x, bank, edits, position)
         editing.launch(x, bank, edits, position)
     assert calls.names == []
     with Calls() as calls:
+        residual.check(x, delta, weight, None)
         residual.launch(x, delta, weight, 1e-6, 0.0, None, bank, edits, position)
     assert calls.names == ["aten.new_empty.default"] * 2
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need TINYSTEER_TEST_DEVICE=cuda")
-def test_a_captured_graph_follows_its_tables_and_allocates_nothing():
+def test_a_captured_graph_follows_its_tables():
     tensors = x, _, _, bank, tables, _ = inputs(T=1)
     idle = compile_edits(bank, [[], []], capacity=4)
     active = tables._replace(**{k: v.clone() for k, v in tables._asdict().items()})
@@ -121,8 +124,6 @@ def test_a_captured_graph_follows_its_tables_and_allocates_nothing():
     for contents in (idle, active, other, idle):
         tables.copy_(contents)
         x.normal_()
-        held = torch.cuda.memory_allocated()
         graph.replay()
-        assert torch.cuda.memory_allocated() == held
         for result, right in zip(results, decoder_end(*tensors), strict=True):
             torch.testing.assert_close(result, right)

@@ -116,6 +116,8 @@ def test_hugging_faces_kernels_library_loads_the_package(bank, monkeypatch):
     x = torch.zeros(1, 1, bank.shape[1])
     edits = loaded.compile_edits(bank, [[loaded.Edit(1, bias=2.0)]])
     torch.testing.assert_close(loaded.steer(x, bank, edits)[0, 0], 2 * bank[1])
+    ops = [name for name in ("", "_universal") if hasattr(torch.ops, f"tinysteer_kernels{name}")]
+    assert ops == ["", "_universal"], "each copy has ops of its own"
     x = torch.zeros(1, 1, bank.shape[1])  # and the installed one still works beside it
     edits = compile_edits(bank, [[Edit(1, bias=2.0)]])
     torch.testing.assert_close(steer(x, bank, edits)[0, 0], 2 * bank[1])

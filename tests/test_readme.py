@@ -52,3 +52,10 @@ def test_the_first_output_is_the_demos():
     assert shown.startswith("<tiny-instruct: llama, 6 layers of width 128, float32>")
     for title in ("FORMATS", "MEAN WORDS", "A WORD", "TWO AT ONCE", "ANOTHER MODEL"):
         assert title in shown
+
+
+def test_the_files_it_names_are_there():
+    root = Path(__file__).parents[1]
+    named = re.findall(r"[( `]((?:bench|tests|kernels|tinysteer)/[\w/.-]+\.\w+)", README)
+    assert len(named) > 5
+    assert not [name for name in named if not (root / name).exists()]

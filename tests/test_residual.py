@@ -8,9 +8,10 @@ from device import DEVICE
 from test_edits import DTYPES, case, check_error, one_by_one, random_case
 from tinysteer_kernels import Edit, add_steer_norm, compile_edits, residual, rms_norm
 from tinysteer_kernels import edits as editing
+from tinysteer_kernels.devices import HAS_TRITON
 
 EPS = 1e-6
-WAYS = {"formula": residual.formula, "kernel": residual.launch}
+WAYS = {"formula": residual.formula} | ({"kernel": residual.launch} if HAS_TRITON else {})
 # family -> offset of its norms, whether delta has a norm of its own
 FAMILIES = {"llama": (0.0, False), "gemma": (1.0, False), "gemma 2": (1.0, True)}
 
@@ -177,6 +178,35 @@ def test_the_op_is_the_formula_with_defaults():
     torch.testing.assert_close(y, rms_norm(new, weight, EPS))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_op_gives_all_it_is_given_to_the_formula(family):
+    row = [Edit(0, bias=1.0, slope=1.0, first=1), Edit(1, bias=2.0, last=1), Edit(2, slope=1.0)]
+    x, bank, edits, position = case(*row, B=2, T=4)
+    delta, weight, post, offset = surroundings(x, family)
+    expected = residual.formula(x, delta, weight, EPS, offset, post, bank, edits, position)
+    traits = {"offset": offset, "post_weight": post}
+    steering = {"bank": bank, "edits": edits, "position": position}
+    result = add_steer_norm(x, delta, weight, EPS, **traits, **steering)
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_expanded_row_may_be_read():
+    x, *_ = case(T=1)
+    result, _ = add_steer_norm(
+        x.expand(2, 3, 16), x.expand(2, 3, 16), torch.ones_like(x[0, 0]), EPS
+    )
+    torch.testing.assert_close(result, (2 * x).expand(2, 3, 16))
+
+
+def test_a_gradient_that_would_be_lost_is_refused():
+    x, *_ = case()
+    weight = torch.ones(16, device=DEVICE)
+    for one, other in ((x.clone().requires_grad_(), x), (x, x.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match="steering has no gradient"):
+            add_steer_norm(one, other, weight, EPS)
+
+
 BAD = {
     "delta of another shape": ({"delta": torch.zeros(1, 2, 16)}, r"x is \(1, 3, 16\), delta"),
     "delta of another type": ({"delta": torch.zeros(1, 3, 16).half()}, "delta torch.float16"),
@@ -187,6 +217,10 @@ BAD = {
     "edits without a bank": ({"edits": case(Edit(0))[2]}, "edits need the bank"),
     "edits of another batch": (
         {"bank": case()[1], "edits": case(Edit(0), B=2)[2]},
+        "edits are for 2 rows, x has 1",
+    ),
+    "empty edits of another batch": (
+        {"bank": case()[1], "edits": case(B=2)[2]},
         "edits are for 2 rows, x has 1",
     ),
 }

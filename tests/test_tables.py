@@ -103,6 +103,35 @@ def test_a_direction_that_is_not_of_unit_length_cannot_be_projected_on():
         compile_edits(bank, [[], [Edit(0, bias=1.0), Edit(1, slope=1.0)]])
 
 
+def test_a_direction_that_is_not_finite_is_refused():
+    bank = unit_rows(3, 8)
+    bank[1, 2] = math.nan
+    compile_edits(bank, [[Edit(0, bias=1.0)]])
+    with pytest.raises(ValueError, match="direction 1 of the bank is not finite"):
+        compile_edits(bank, [[Edit(1, bias=1.0)]])
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 2**31), (-(2**31), 0), (3, 2)])
+def test_positions_beyond_int32_and_empty_windows_are_refused(first, last):
+    with pytest.raises(ValueError, match=f"acts from {first} to {last}"):
+        compile_edits(unit_rows(1, 8), [[Edit(0, bias=1.0, first=first, last=last)]])
+
+
+def test_an_empty_bank_gives_empty_tables():
+    edits = compile_edits(torch.empty(0, 8), [[], []], capacity=4)
+    assert edits.index.tolist() == [[-1] * 4] * 2
+
+
+def test_a_default_device_does_not_matter():
+    bank = unit_rows(3, 8)
+    torch.set_default_device("meta")
+    try:
+        edits = compile_edits(bank, [[Edit(1, bias=2.0)]])
+    finally:
+        torch.set_default_device(None)
+    assert edits.bias.tolist() == [[2.0]]
+
+
 def test_limits_that_are_infinite_stay_so():
     edits = compile_edits(unit_rows(1, 8), [[Edit(0), Edit(0, low=0.0)]])
     assert edits.low.tolist() == [[-math.inf, 0.0]]

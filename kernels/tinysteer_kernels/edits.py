@@ -10,6 +10,7 @@ and of the direction it names.
 """
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from .tables import PADDING, Edits
 
 MAX_D = 16384  # a program holds whole positions in registers
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-INTEGERS = ("index", "first", "last", "position")
 
 
 # The formula.
@@ -51,7 +51,8 @@ def moves(h: Tensor, u: Tensor, edits: Edits, position: Tensor | None) -> Tensor
     acts = (edits.first[:, None] <= at) & (at <= edits.last[:, None]) & (edits.index >= 0)[:, None]
     for k in range(u.shape[1]):
         seen = p[..., k] + (d * edits.gram[:, None, k]).sum(-1)  # (B, T)
-        move = edits.bias[:, k, None] - edits.slope[:, k, None] * seen
+        slope = edits.slope[:, k, None]
+        move = edits.bias[:, k, None] - torch.where(slope != 0, slope * seen, 0.0)
         move = move.clamp(edits.low[:, k, None], edits.high[:, k, None])
         d[..., k] = move.where(acts[..., k], 0.0)
     return d
@@ -63,44 +64,42 @@ def moves(h: Tensor, u: Tensor, edits: Edits, position: Tensor | None) -> Tensor
 @triton.jit
 def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """This program's row, positions t (BLOCK_T,), columns (BLOCK_D,), and which of those exist."""
-    blocks = tl.cdiv(T, BLOCK_T)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    t = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    row = (tl.program_id(0) // t_blocks).to(tl.int64)
+    t = (tl.program_id(0) % t_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     return row, t, column, (t < T)[:, None] & (column < D)[None, :]
 
 
 @triton.jit
-def positions(position, row, t, T, PADDING: tl.constexpr):
+def positions(position_ptr, row, t, T, PADDING: tl.constexpr):
     """Where the program's tokens stand, (BLOCK_T,) int32."""
-    if position is None:
+    if position_ptr is None:
         return tl.where(t < T, 0, PADDING)
-    return tl.load(position + row * T + t, mask=t < T, other=PADDING)
+    return tl.load(position_ptr + row * T + t, mask=t < T, other=PADDING)
 
 
 @triton.jit
-def acting(edits, at, row, first, K, BLOCK_K: tl.constexpr):
-    """The directions of a block of edits, (BLOCK_K,), and whether each acts at `at`.
-
-    Read one block ahead of its use: the direction waits for this, and this for nothing.
-    """
-    slot = first + tl.arange(0, BLOCK_K)
+def acting(edits, at, row, k0, K, BLOCK_K: tl.constexpr):
+    """Of the edits from k0 on: directions (BLOCK_K,), which act at `at`, and if any projects."""
+    slot = k0 + tl.arange(0, BLOCK_K)
     k = row * K + slot
     index = tl.load(edits.index + k, mask=slot < K, other=-1)
-    begin = tl.load(edits.first + k, mask=slot < K, other=0)
-    end = tl.load(edits.last + k, mask=slot < K, other=-1)
-    return index, (index >= 0) & (begin <= at) & (at <= end)
+    first = tl.load(edits.first + k, mask=slot < K, other=0)
+    last = tl.load(edits.last + k, mask=slot < K, other=-1)
+    slope = tl.load(edits.slope + k, mask=slot < K, other=0.0)
+    acts = (index >= 0) & (first <= at) & (at <= last)
+    return index, acts, tl.max((acts & (slope != 0)).to(tl.int32), axis=0)
 
 
 @triton.jit
 def edited(
     h,
     at,
-    index,
-    acts,
+    now,
     row,
     column,
-    bank,
+    bank_ptr,
     edits,
     K,
     D: tl.constexpr,
@@ -109,71 +108,78 @@ def edited(
 ):
     """h (BLOCK_T, BLOCK_D) float32, at (BLOCK_T,) -> h after the row's edits, and where it moved.
 
-    One of BLOCK_T and BLOCK_K is 1, R is the other. While decoding, several edits of one position
+    One of BLOCK_T and BLOCK_K is 1. While decoding, several edits of one position
     share a reduction over D, and the Gram matrix tells each what those before it did; in a prefill
     several positions share the load of one edit. From block to block h itself carries the moves.
+    `now` is what `acting` says of the first block, asked before h was there: the directions wait
+    for it, and it for nothing.
     """
     tl.static_assert(BLOCK_T == 1 or BLOCK_K == 1)
     slot = tl.arange(0, BLOCK_K)
     moved = tl.full((BLOCK_T,), False, tl.int1)
-    for first in range(0, K, BLOCK_K):
+    index, acts, projects = now
+    for k0 in range(0, K, BLOCK_K):
+        ahead = acting(edits, at, row, k0 + BLOCK_K, K, BLOCK_K)
         if tl.max(acts.to(tl.int32), axis=0) > 0:
-            # Read twice, from the cache the second time: kept, the block would crowd the registers.
+            k = row * K + k0 + slot
             wanted = (acts if BLOCK_T == 1 else index >= 0)[:, None] & (column < D)[None, :]
-            u = bank + index.to(tl.int64)[:, None] * D + column[None, :]
-            once = tl.load(u, mask=wanted, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            # What the recurrence needs is asked for now: after the reduction it would wait anew.
-            k = row * K + first + slot
+            u_ptr = bank_ptr + index.to(tl.int64)[:, None] * D + column[None, :]
             bias, slope = tl.load(edits.bias + k), tl.load(edits.slope + k)
             low, high = tl.load(edits.low + k), tl.load(edits.high + k)
-            gram = ()  # the block's columns, below the diagonal
+            gram = ()  # rows of the block, which are its columns: read before the reduction's wait
             for j in tl.static_range(BLOCK_K - 1):
-                g = edits.gram + (row * K + first + j) * K + first + slot
-                gram += (tl.load(g, mask=slot > j, other=0.0),)
-            p = tl.sum(once * h, axis=1)  # (R,)
+                g_ptr = edits.gram + (row * K + k0 + j) * K + k0 + slot
+                gram += (tl.load(g_ptr, mask=slot > j, other=0.0),)
+            # Directions are read twice, which is cheap while they stay in the cache: kept for the
+            # second use, they would crowd the registers.
+            p = tl.zeros((BLOCK_T * BLOCK_K,), tl.float32)
+            if projects > 0:
+                u = tl.load(u_ptr, mask=wanted, other=0.0, eviction_policy="evict_last")
+                p = tl.sum(u.to(tl.float32) * h, axis=1)
             d = tl.zeros_like(p)
             for j in tl.static_range(BLOCK_K):
-                move = tl.maximum(bias - slope * p, low, tl.PropagateNan.ALL)
+                move = bias - tl.where(slope != 0, slope * p, 0.0)  # an add keeps clear of inf
+                move = tl.maximum(move, low, tl.PropagateNan.ALL)
                 move = tl.minimum(move, high, tl.PropagateNan.ALL)
                 move = tl.where(acts & (slot == j), move, 0.0)
                 d += move
                 if j + 1 < BLOCK_K:
                     p += gram[j] * tl.sum(move, axis=0)
-            again = tl.load(u, mask=wanted, other=0.0).to(tl.float32)
-            now, step = d != 0, d[:, None] * again
+            u = tl.load(u_ptr, mask=wanted, other=0.0).to(tl.float32)
+            touched, step = d != 0, d[:, None] * u
             if BLOCK_K > 1:  # (1,) and (1, BLOCK_D)
-                now = tl.max(now.to(tl.int32), axis=0, keep_dims=True) > 0
+                touched = tl.max(touched.to(tl.int32), axis=0, keep_dims=True) > 0
                 step = tl.sum(step, axis=0, keep_dims=True)
-            h = tl.where(now[:, None], h + step, h)  # else -0.0 would become 0.0
-            moved |= now
-        index, acts = acting(edits, at, row, first + BLOCK_K, K, BLOCK_K)
+            h = tl.where(touched[:, None], h + step, h)  # else -0.0 would become 0.0
+            moved |= touched
+        index, acts, projects = ahead
     return h, moved
 
 
 @triton.jit
 def steer_kernel(
-    x,
-    bank,
+    x_ptr,
+    bank_ptr,
     edits,
-    position,
+    position_ptr,
     stride_b,
     stride_t,
     T,
-    blocks,
+    k_blocks,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    K = blocks * BLOCK_K  # said so, the compiler knows where tables are aligned
+    K = k_blocks * BLOCK_K  # visibly a multiple: a block of a table is one aligned load
     row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
-    at = positions(position, row, t, T, PADDING)
-    index, acts = acting(edits, at, row, 0, K, BLOCK_K)
-    x += row * stride_b + t[:, None] * stride_t + column[None, :]
-    h = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    h, moved = edited(h, at, index, acts, row, column, bank, edits, K, D, BLOCK_T, BLOCK_K)
-    tl.store(x, h, mask=inside & moved[:, None])  # the one rounding
+    at = positions(position_ptr, row, t, T, PADDING)
+    now = acting(edits, at, row, 0, K, BLOCK_K)
+    x_ptr += row * stride_b + t[:, None] * stride_t + column[None, :]
+    h = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    h, moved = edited(h, at, now, row, column, bank_ptr, edits, K, D, BLOCK_T, BLOCK_K)
+    tl.store(x_ptr, h, mask=inside & moved[:, None])  # the one rounding
 
 
 # The op and its launcher.
@@ -185,21 +191,28 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None = None)
     bank (N, D) holds unit rows; position (B, T) int32 says where a token stands (see Edit); None
     stands for 0 everywhere. Sums in float32 and rounds once. Where no edit moves anything x keeps
     its bits. x is float32, float16 or bfloat16 and may be strided but for D; the bank's type is
-    best x's own. ValueError for sizes, types or devices that do not go together.
+    best x's own. ValueError for sizes, types or devices that do not go together; RuntimeError
+    where a gradient would be lost, since there is none.
 
-    On a GPU one launch, without host reads or allocation: fit for CUDA graphs, once it has run
-    with the same shapes, strides and types. The tables' contents may then change between replays.
+    On a GPU one launch, without host reads and, where position is contiguous, without allocation:
+    fit for CUDA graphs, once it has run with the same shapes, strides, types and alignments. What
+    the tables hold may then change between replays. Called eagerly, it is the host that takes
+    time: checks and dispatch cost more than the kernel.
     """
+    check_stream(x)
+    if any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"x has strides {x.stride()}: it cannot be written where rows overlap")
     check(x, bank, edits, position)
     if edits.index.shape[1]:
         op(x, bank, list(edits), None if position is None else position.contiguous())
     return x
 
 
-@torch.library.custom_op("tinysteer::steer", mutates_args=("x",))
+# Named after the package, so that another copy of it can be loaded beside this one.
+@torch.library.custom_op(f"{__package__}::steer", mutates_args=("x",))
 def op(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
-    with torch.cuda.device_of(x):  # Triton launches where PyTorch's current device is
-        run = launch if serves(x) else formula
+    run = launch if serves(x) else formula
+    with as_is(x):
         run(x, bank, Edits(*edits), position)
 
 
@@ -213,9 +226,15 @@ def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> No
     (B, T, D), K = x.shape, edits.index.shape[1]
     tile, n_warps = tiling(T, D, K, max(x.itemsize, bank.itemsize))
     steer_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
-        *(x, bank, edits, position),
-        *x.stride()[:2],
-        *(T, K // tile["BLOCK_K"], D),
+        x_ptr=x,
+        bank_ptr=bank,
+        edits=edits,
+        position_ptr=position,
+        stride_b=x.stride(0),
+        stride_t=x.stride(1),
+        T=T,
+        k_blocks=K // tile["BLOCK_K"],
+        D=D,
         **tile,
         PADDING=PADDING,
         num_warps=n_warps,
@@ -225,6 +244,13 @@ def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> No
 def serves(x: Tensor) -> bool:
     """Whether the kernels can run on x; the formulas always can."""
     return x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D
+
+
+@contextmanager
+def as_is(x: Tensor):
+    """Launch on x's own device, and keep autocast from sums that are float32."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
@@ -245,18 +271,18 @@ def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
 
 def check_stream(x: Tensor) -> None:
     """ValueError for what is no residual stream that the kernels can read."""
-    if x.ndim != 3:
+    if x.ndim != 3 or not x.shape[2]:
         raise ValueError(f"x is {tuple(x.shape)}: give (rows, positions, width)")
     if x.dtype not in FLOATS:
         raise ValueError(f"x is {x.dtype}: use float32, float16 or bfloat16")
-    B, T, _ = x.shape
-    if x.stride(2) != 1 or (x.stride(0) == 0 and B > 1) or (x.stride(1) == 0 and T > 1):
-        raise ValueError(f"x has strides {x.stride()}: its last must be 1, the others not 0")
+    if x.stride(2) != 1:
+        raise ValueError(f"x has strides {x.stride()}: its last must be 1")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("steering has no gradient: call it under torch.no_grad()")
 
 
 def check(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
     """ValueError, with the sizes seen, for what does not go together."""
-    check_stream(x)
     (B, T, D), K = x.shape, edits.index.shape[-1]
     if bank.ndim != 2 or bank.shape[1] != D:
         raise ValueError(f"x is {D} wide, but the bank of directions is {tuple(bank.shape)}")
@@ -264,17 +290,16 @@ def check(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> Non
         raise ValueError(f"the bank is {bank.dtype}: use float32, float16 or bfloat16")
     if len(edits.index) != B:
         raise ValueError(f"edits are for {len(edits.index)} rows, x has {B}")
-    if position is not None and position.shape != (B, T):
-        raise ValueError(f"position is {tuple(position.shape)}, x has {B} rows of {T} positions")
-    tensors = {**edits._asdict(), "position": position, "bank": bank}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        shape = {"position": (B, T), "gram": (B, K, K), "bank": bank.shape}.get(name, (B, K))
-        dtype = torch.int32 if name in INTEGERS else bank.dtype if name == "bank" else torch.float32
-        if tensor.shape != shape or tensor.dtype != dtype:
-            seen = f"{tuple(tensor.shape)} {tensor.dtype}"
+    wanted = dict.fromkeys(("index", "first", "last"), ((B, K), torch.int32))
+    wanted |= dict.fromkeys(("bias", "slope", "low", "high"), ((B, K), torch.float32))
+    wanted |= {"gram": ((B, K, K), torch.float32), "position": ((B, T), torch.int32)}
+    tables = edits._asdict() | ({} if position is None else {"position": position})
+    for name, table in tables.items():
+        shape, dtype = wanted[name]
+        if table.shape != shape or table.dtype != dtype:
+            seen = f"{tuple(table.shape)} {table.dtype}"
             raise ValueError(f"{name} is {seen}: it should be {shape} {dtype}")
+    for name, tensor in (tables | {"bank": bank}).items():
         if tensor.device != x.device:
             raise ValueError(f"x is on {x.device}, {name} on {tensor.device}")
         if name != "position" and not tensor.is_contiguous():

@@ -10,9 +10,10 @@ B  batch     T  positions     D  model width
 x and delta are read once, x and y written once: 8 B T D bytes in 16 bits, and the directions.
 One after another the three steps move 6 + 4 + 4, Gemma's post-norm 4 more.
 
-Every step rounds where Hugging Face's models round, so that a row without edits comes out as from
-the unfused steps: the sum to x's type; the norm in float32, then either rounded and multiplied by
-the weight (Llama, Mistral, Phi-3), or multiplied by offset + weight and rounded (Gemma).
+Every step rounds where Hugging Face's models round: the sum to x's type; the norm in float32, then
+either rounded and multiplied by the weight (Llama, Mistral, Phi-3), or multiplied by offset +
+weight and rounded (Gemma). So a row without edits comes out as from the unfused steps: x to the
+bit, y but for sums of squares in another order.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from . import edits as editing
 from .devices import tl, triton
-from .edits import acting, edited, place, positions, serves, tiling
+from .edits import acting, as_is, edited, place, positions, serves, tiling
 from .tables import PADDING, Edits
 
 # The formula.
@@ -71,21 +72,21 @@ def normed(h, weight, eps, D: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.cons
 
 @triton.jit
 def add_steer_norm_kernel(
-    x,
-    delta,
-    weight,
-    post_weight,
-    bank,
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    post_weight_ptr,
+    bank_ptr,
     edits,
-    position,
-    x_out,
-    y_out,
+    position_ptr,
+    x_out_ptr,
+    y_out_ptr,
     x_stride_b,
     x_stride_t,
     delta_stride_b,
     delta_stride_t,
     T,
-    blocks,
+    k_blocks,
     eps,
     D: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -94,27 +95,27 @@ def add_steer_norm_kernel(
     BLOCK_K: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    dtype: tl.constexpr = x.dtype.element_ty
-    K = blocks * BLOCK_K
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    K = k_blocks * BLOCK_K
     row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
     if edits is not None:
-        at = positions(position, row, t, T, PADDING)
-        index, acts = acting(edits, at, row, 0, K, BLOCK_K)
-    x += row * x_stride_b + t[:, None] * x_stride_t + column[None, :]
-    delta += row * delta_stride_b + t[:, None] * delta_stride_t + column[None, :]
-    h = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    step = tl.load(delta, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < D, other=0.0)
-    if post_weight is not None:
-        post_scale = tl.load(post_weight + column, mask=column < D, other=0.0)
-        step = normed(step, post_scale, eps, D, OFFSET, dtype).to(dtype).to(tl.float32)
-    h = (h + step).to(dtype).to(tl.float32)
+        at = positions(position_ptr, row, t, T, PADDING)
+        now = acting(edits, at, row, 0, K, BLOCK_K)
+    x_ptr += row * x_stride_b + t[:, None] * x_stride_t + column[None, :]
+    delta_ptr += row * delta_stride_b + t[:, None] * delta_stride_t + column[None, :]
+    h = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    delta = tl.load(delta_ptr, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
+    if post_weight_ptr is not None:
+        post_weight = tl.load(post_weight_ptr + column, mask=column < D, other=0.0)
+        delta = normed(delta, post_weight, eps, D, OFFSET, dtype).to(dtype).to(tl.float32)
+    h = (h + delta).to(dtype).to(tl.float32)
     if edits is not None:
-        h, _ = edited(h, at, index, acts, row, column, bank, edits, K, D, BLOCK_T, BLOCK_K)
+        h, _ = edited(h, at, now, row, column, bank_ptr, edits, K, D, BLOCK_T, BLOCK_K)
         h = h.to(dtype).to(tl.float32)
     out = (row * T + t)[:, None] * D + column[None, :]
-    tl.store(x_out + out, h, mask=inside)
-    tl.store(y_out + out, normed(h, scale, eps, D, OFFSET, dtype), mask=inside)
+    tl.store(x_out_ptr + out, h, mask=inside)
+    tl.store(y_out_ptr + out, normed(h, weight, eps, D, OFFSET, dtype), mask=inside)
 
 
 # The op and its launcher.
@@ -141,18 +142,18 @@ def add_steer_norm(
     On a GPU one launch, as fit for CUDA graphs as `steer`.
     """
     check(x, delta, weight, post_weight)
-    if edits is None or not edits.index.shape[1]:
-        bank = edits = position = None
+    if edits is None:
+        bank = position = None
     elif bank is None:
         raise ValueError("edits need the bank of directions that they name")
     else:
         editing.check(x, bank, edits, position)
         position = None if position is None else position.contiguous()
-    tables = [] if edits is None else list(edits)
+    tables = [] if edits is None or not edits.index.shape[1] else list(edits)
     return op(x, delta, weight, eps, offset, post_weight, bank, tables, position)
 
 
-@torch.library.custom_op("tinysteer::add_steer_norm", mutates_args=())
+@torch.library.custom_op(f"{__package__}::add_steer_norm", mutates_args=())
 def op(
     x: Tensor,
     delta: Tensor,
@@ -164,9 +165,9 @@ def op(
     edits: Sequence[Tensor],
     position: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(x):  # Triton launches where PyTorch's current device is
-        run = launch if serves(x) else formula
-        tables = Edits(*edits) if edits else None
+    run = launch if serves(x) else formula
+    tables = Edits(*edits) if edits else None
+    with as_is(x):
         return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
 
 
@@ -191,11 +192,25 @@ def launch(
     sizes = [tensor.itemsize for tensor in (x, bank) if tensor is not None]
     tile, n_warps = tiling(T, D, K, max(sizes))
     x_out, y_out = x.new_empty(x.shape), x.new_empty(x.shape)
-    strides = *x.stride()[:2], *delta.stride()[:2]
     add_steer_norm_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
-        *(x, delta, weight, post_weight, bank, edits, position, x_out, y_out),
-        *strides,
-        *(T, K // tile["BLOCK_K"], eps, D, offset),
+        x_ptr=x,
+        delta_ptr=delta,
+        weight_ptr=weight,
+        post_weight_ptr=post_weight,
+        bank_ptr=bank if K else None,
+        edits=edits,
+        position_ptr=position,
+        x_out_ptr=x_out,
+        y_out_ptr=y_out,
+        x_stride_b=x.stride(0),
+        x_stride_t=x.stride(1),
+        delta_stride_b=delta.stride(0),
+        delta_stride_t=delta.stride(1),
+        T=T,
+        k_blocks=K // tile["BLOCK_K"],
+        eps=eps,
+        D=D,
+        OFFSET=offset,
         **tile,
         PADDING=PADDING,
         num_warps=n_warps,
@@ -214,6 +229,8 @@ def check(x: Tensor, delta: Tensor, weight: Tensor, post_weight: Tensor | None) 
     for name, tensor in {"delta": delta, "weight": weight, "post_weight": post_weight}.items():
         if tensor is None:
             continue
+        if torch.is_grad_enabled() and tensor.requires_grad and name == "delta":
+            raise RuntimeError("steering has no gradient: call it under torch.no_grad()")
         if tensor.dtype != x.dtype or tensor.device != x.device:
             theirs = f"{tensor.dtype} on {tensor.device}"
             raise ValueError(f"x is {x.dtype} on {x.device}, {name} {theirs}")

@@ -12,6 +12,7 @@ edit k sees p_k + sum_{j<k} d_j G_kj. So a row's K dot products can all be taken
 follow one from the other, and h is written once, h + sum_k d_k u_k.
 """
 
+import itertools
 from collections.abc import Sequence
 from math import inf
 from typing import NamedTuple
@@ -65,8 +66,9 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 
     """bank (N, D); one list of edits a row -> tables on the bank's device.
 
     K is the longest list's length, `capacity` at least, and beyond 2 a multiple of 4: the kernel
-    takes as many at a time. ValueError for a direction that the bank has not, or one that is not
-    of unit length where the edit reads a projection.
+    takes 4 at a time. The tables hold the directions' dot products: a bank that changes asks for
+    new ones. ValueError for a direction that the bank has not or that is not finite, for one that
+    is not of unit length where its projection is read, and for positions beyond int32.
     """
     K = max(capacity, *map(len, rows), 0)
     K += -K % 4 if K > 2 else 0
@@ -74,15 +76,21 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 
     for edit in (edit for row in padded for edit in row):
         if not -1 <= edit.index < len(bank):
             raise ValueError(f"an edit names direction {edit.index} of a bank of {len(bank)}")
-    table = torch.tensor(padded, dtype=torch.float64).reshape(len(rows), K, len(Edit._fields))
+        if not PADDING < edit.first <= edit.last <= ALWAYS[1]:
+            raise ValueError(f"an edit acts from {edit.first} to {edit.last}: no int32 positions")
+    table = torch.tensor(padded, dtype=torch.float64, device="cpu")
+    table = table.reshape(len(rows), K, len(Edit._fields))
     index, bias, slope, low, high, first, last = table.unbind(-1)
-    u = bank.cpu()[index.long().clamp(min=0)].double()  # (B, K, D)
-    u = torch.where((index >= 0)[..., None], u, 0.0)
+    named, where = index[index >= 0].unique(return_inverse=True)
+    u = torch.zeros(len(rows), K, bank.shape[1], dtype=torch.float64, device="cpu")
+    u[index >= 0] = bank[named.long().to(bank.device)].cpu().double()[where]
     gram = u @ u.mT
     length = gram.diagonal(dim1=1, dim2=2).sqrt()
-    if (off := (slope != 0) & (index >= 0) & ((length - 1).abs() > 0.01)).any():
-        culprit, size = int(index[off][0]), float(length[off][0])
-        raise ValueError(f"direction {culprit} of the bank has length {size:.4g}: make it 1")
+    for edit, size in zip(itertools.chain(*padded), length.flatten().tolist(), strict=True):
+        if not size < inf:
+            raise ValueError(f"direction {edit.index} of the bank is not finite")
+        if edit.index >= 0 and edit.slope and abs(size - 1) > 0.01:
+            raise ValueError(f"direction {edit.index} of the bank has length {size:.4g}: make it 1")
     tables = Edits(
         index.int(),
         *(column.float() for column in (bias, slope, low, high)),

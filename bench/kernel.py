@@ -1,0 +1,257 @@
+"""The two kernels on a GPU: microseconds, percent of a copy, and what one writes without us.
+
+    python bench/kernel.py [check | decode | prefill | baselines | tuning]
+
+or all. From a checkout that is not installed: PYTHONPATH=.:kernels python bench/kernel.py
+
+Every way is checked against float64 before it is timed and after, its results poisoned between.
+The ways of one line are replayed in turn: bfloat16, positions given, inputs cold unless said. A
+difference is to the line's first way, a 95 % interval; % is of the bandwidth of a copy in the same
+run, for the bytes that any way must move. Where there is no GPU only `check` runs; then, with
+TRITON_INTERPRET=1, the kernels run too, in the interpreter.
+"""
+
+import sys
+import time
+
+import baselines
+import torch
+from baselines import KERNELS_RUN
+from cases import BF16, FP32, Shape, Way, make, verify, verify_graph
+from ceilings import copy_bandwidth
+from common import gpu, table, where
+from ours import alone, fused, launched, precise, tiled
+from timing import Graph, capture, measure, n_cold_sets, record
+from tinysteer_kernels import Edits
+
+WIDTHS = (1536, 2048, 2304, 3072, 3584, 8192)  # and 4096
+MINUTES = {"decode": 4, "prefill": 4, "baselines": 6, "tuning": 4}  # guessed before any run
+
+
+# Right first.
+
+
+def check() -> None:
+    """All ways but torch.compile's, at small shapes, against float64."""
+    on_gpu, errors = torch.cuda.is_available(), {}
+    kinds = ("off", "idle", "adds", "targets", "half", "mixed")
+    shapes = [
+        Shape(B, T, 2304 if on_gpu else 136, K, directions)
+        for B, T in ((1, 1), (3, 1), (2, 5))
+        for K in ((1, 4, 16) if on_gpu else (1, 2, 8))
+        for directions in ("shared", "own")
+    ]
+    for shape in shapes:
+        for dtype, bank_dtype in ((FP32, FP32), (BF16, BF16), (BF16, FP32)):
+            ways = [*map(fused, kinds), *map(alone, kinds[1:])]
+            if KERNELS_RUN and not on_gpu and dtype == FP32:  # in bfloat16 the interpreter errs
+                ways += [way for kind in kinds for way in launched(kind)]
+            if dtype == bank_dtype:
+                ways += [
+                    way._replace(name=f"{way.name}: {kind}" if way.kind == kind else way.name)
+                    for kind in ("adds", "targets")
+                    for of in (baselines.alone, baselines.fused)
+                    for way in of(shape, kind, compiling=False)
+                    if way.name != "one-vector kernel" or on_gpu or dtype == FP32
+                ]
+            (inputs,) = make(shape, set(kinds), 1, dtype, bank_dtype, "cuda" if on_gpu else "cpu")
+            for way in ways:
+                name = f"{way.name}, add and norm" if way.fused else way.name
+                seen = errors.setdefault(name, {FP32: [], BF16: []})
+                seen[dtype].append(verify(way, inputs))
+    rows = [
+        [name, *(f"{max(seen[dtype]):.1e}" if seen[dtype] else "" for dtype in (FP32, BF16))]
+        for name, seen in errors.items()
+    ]
+    print(table(["worst relative error of a position", "float32", "bfloat16"], rows), end="\n\n")
+    if on_gpu:
+        check_graphs()
+
+
+def check_graphs() -> None:
+    """A graph captured with idle tables does what they say at each replay, without allocating."""
+    kinds = ("idle", "adds", "targets", "mixed", "half", "idle")
+    for T in (1, 5):
+        (inputs,) = make(Shape(4, T, 2304, 4, "own"), set(kinds), 1)
+        tables = Edits(*(t.clone() for t in inputs.edits["idle"]))
+        live = inputs._replace(edits={"live": tables})
+        for way in (alone("live"), fused("live")):
+            graph = Graph(way.call, [(live,)], 1)
+            for kind in (*kinds, "turned", *kinds):
+                if kind == "turned":
+                    live.bank.neg_()  # the one change that leaves the Gram matrices right
+                    continue
+                tables.copy_(inputs.edits[kind])
+                x = live.x.normal_().clone()
+                before = torch.cuda.memory_allocated()
+                graph.replay()
+                assert torch.cuda.memory_allocated() == before, "a replay allocates"
+                replayed = torch.stack([t.clone() for t in as_tuple(graph.outputs[0])])
+                live.x.copy_(x)  # which steer edits in place
+                eager = torch.stack(as_tuple(way.call(live)))
+                assert torch.equal(replayed, eager), f"{way.name}, T {T}: {kind} is not as eager"
+    print("CUDA graphs: tables and bank changed between replays, every result as an eager call's\n")
+
+
+def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+
+
+# Then fast.
+
+
+class Part:
+    """The lines of one part, each of several ways at one shape: checked, timed, written down."""
+
+    def __init__(self, name: str):
+        self.name, self.begin, self.lines = name, time.perf_counter(), []
+        self.copy = copy_bandwidth()
+        about = f"about {MINUTES[name]} minutes; a copy moves {self.copy / 1e9:.0f} GB/s"
+        print(f"{name}: {about}", flush=True)
+
+    def line(self, shape: Shape, ways: list[Way], warm: bool = False) -> None:
+        torch.cuda.empty_cache()
+        touched = min(shape.touched(way) for way in ways)
+        sets = make(shape, {way.kind for way in ways}, 1 if warm else n_cold_sets(touched))
+        errors, graphs = {}, {}
+        for way in ways:
+            try:
+                errors[way.name] = verify(way, sets[0])
+                ready = [(inputs, *way.prepare(inputs)) for inputs in sets]
+                graphs[way.name] = capture(way.call, ready)
+            except Exception as error:  # one baseline's failure should not cost the others' numbers
+                if way is ways[0]:
+                    raise
+                print(f"{way.name} at {shape} is left out: {error!r:.500}", flush=True)
+        times, clock, line = measure(graphs), gpu("clocks.sm"), []
+        for way in (way for way in ways if way.name in graphs):
+            seen, graph = times[way.name], graphs[way.name]
+            error = max(errors[way.name], verify_graph(way, graph, sets))
+            gbs = 1e-3 * shape.traffic(way) / seen.us
+            result = {"part": self.name, **shape._asdict(), "dtype": "bfloat16", "way": way.name}
+            result |= {"kind": way.kind, "fused": way.fused, "warm": warm} | seen._asdict()
+            result |= {"gbs": gbs, "percent": 1e11 * gbs / self.copy, "copy_gbs": self.copy / 1e9}
+            result |= {"sets_mb": len(graph.outputs) * shape.touched(way) / 1e6}
+            result |= {"calls": graph.n_calls, "error": error, "sm_mhz": clock}
+            line.append(record("kernel", **result))
+        self.lines.append(line)
+        elapsed = time.perf_counter() - self.begin
+        print(f"{elapsed:4.0f} s  {' '.join(map(str, shape))}", file=sys.stderr, flush=True)
+
+    def show(self) -> None:
+        """A table for each choice of ways: a row a shape, or a row a way if those are more."""
+        tables = {}
+        for line in self.lines:
+            tables.setdefault(tuple(seen["way"] for seen in line), []).append(line)
+        for names, lines in tables.items():
+            heads = ["B T D K: us", *names]
+            rows = [[described(line[0]), *cells(line)] for line in lines]
+            if len(names) > len(lines):
+                heads, *rows = zip(heads, *rows, strict=True)
+            print(table(heads, rows), end="\n\n")
+        print(f"{self.name}: {(time.perf_counter() - self.begin) / 60:.1f} minutes\n", flush=True)
+
+
+def described(seen: dict) -> str:
+    notes = [seen["directions"]] * (seen["directions"] == "own") + ["warm"] * seen["warm"]
+    return " ".join([*(str(seen[size]) for size in "BTDK"), *notes])
+
+
+def cells(line: list[dict]) -> list[str]:
+    """Microseconds, with the difference to the first in a decoding step, else the percentage."""
+    if line[0]["T"] > 1:
+        return [f"{seen['us']:.2f} {seen['percent']:.0f} %" for seen in line]
+    first, *rest = line
+    more = [f"{seen['us']:.2f} {seen['low']:+.2f}..{seen['high']:+.2f}" for seen in rest]
+    return [f"{first['us']:.2f}", *more]
+
+
+def decode(part: Part) -> None:
+    """What steering adds to the add and norm that are there anyway; then steer by itself."""
+    ways = [fused(kind) for kind in ("off", "idle", "adds", "targets")]
+    for B in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        part.line(Shape(B, 1, 4096, 4), ways)
+    for B in (1, 16, 256):
+        part.line(Shape(B, 1, 4096, 4), ways, warm=True)
+    for B in (16, 64, 256):
+        part.line(Shape(B, 1, 4096, 4, "own"), ways)
+    for B in (8, 256):
+        for K in (1, 2, 8, 16):
+            part.line(Shape(B, 1, 4096, K), ways)
+        for D in WIDTHS:
+            part.line(Shape(B, 1, D, 4), ways)
+    part.line(Shape(64, 1, 4096, 4), [fused(kind) for kind in ("off", "half", "mixed")])
+    for B in (1, 16, 256):
+        part.line(Shape(B, 1, 4096, 4), [alone("adds"), alone("targets")])
+
+
+def prefill(part: Part) -> None:
+    """How near the kernels come to a copy."""
+    ways = [fused("off"), fused("adds"), fused("targets"), alone("adds"), alone("targets")]
+    for B, T in ((1, 512), (1, 2048), (1, 8192), (1, 32768), (8, 1024)):
+        part.line(Shape(B, T, 4096, 4), [*ways, fused("idle"), alone("idle")])
+    part.line(Shape(8, 1024, 4096, 4), [*map(fused, ("half", "mixed")), alone("half")])
+    part.line(Shape(8, 1024, 4096, 4, "own"), ways)
+    for K in (1, 2, 8, 16):
+        part.line(Shape(1, 8192, 4096, K), ways)
+    for D in WIDTHS:
+        for K in (1, 4, 16):
+            part.line(Shape(1, 32768, D, K), ways)
+
+
+def against_baselines(part: Part) -> None:
+    """Edits alone, then the whole of add, edits and norm; compiled anew for each shape."""
+    if baselines.Liger is None:
+        print("Liger is not installed: its fused add and norm is left out")
+
+    def line(shape: Shape, ours: list[Way], theirs, kind: str) -> None:
+        torch._dynamo.reset()
+        part.line(shape, [*ours, *theirs(shape, kind, compiling=True)])
+
+    decoding = [(B, 1, K) for B in (1, 64) for K in (1, 4)]
+    for B, T, K in [*decoding, (1, 8192, 1), (1, 8192, 4), (1, 8192, 16)]:
+        shape = Shape(B, T, 4096, K)
+        for kind in ("adds", "targets"):
+            line(shape, [alone(kind)], baselines.alone, kind)
+        line(shape, [fused("targets"), fused("off"), fused("idle")], baselines.fused, "targets")
+    for B, K in ((64, 1), (64, 4), (256, 4)):
+        shape = Shape(B, 1, 4096, K, "own")
+        line(shape, [alone("adds")], baselines.alone, "adds")
+        line(shape, [fused("targets"), fused("off")], baselines.fused, "targets")
+
+
+def tuning(part: Part) -> None:
+    """Other tiles, and a bank in float32, beside what the launchers choose."""
+    for B in (1, 64):
+        way = fused("targets")
+        others = [tiled(way, 1, K, warps) for K in (1, 2, 4) for warps in (4, 8, 16)]
+        part.line(Shape(B, 1, 4096, 4), [way, precise(way), *others])
+    for way, D in ((fused("targets"), 4096), (fused("targets"), 2048), (alone("targets"), 4096)):
+        tiles = ((1, 1), (2, 1), (4, 1), (1, 4))
+        others = [tiled(way, T, K, warps) for T, K in tiles for warps in (4, 8, 16)]
+        part.line(Shape(1, 8192, D, 4), [way, precise(way), *others])
+
+
+PARTS = {"decode": decode, "prefill": prefill, "baselines": against_baselines, "tuning": tuning}
+
+
+def main() -> None:
+    names = sys.argv[1:] or ["check", *PARTS]
+    if len(sys.argv) > 2 or not {"check", *PARTS}.issuperset(names):
+        sys.exit(__doc__)
+    print(where(), end="\n\n", flush=True)
+    if not torch.cuda.is_available():
+        check()
+        return print("No GPU is here: all was checked on the CPU, nothing was timed.")
+    for name in names:
+        if name == "check":
+            check()
+            continue
+        part = Part(name)
+        PARTS[name](part)
+        part.show()
+    return None
+
+
+if __name__ == "__main__":
+    main()
