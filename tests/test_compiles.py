@@ -49,7 +49,7 @@ def test_states_and_directions_are_loaded_128_bits_at_a_time(capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_blocks_four_edits_come_in_one_load(capability):
     loads = report(capability)["fused, decode"]["loads"]
-    for table in ("bias", "slope", "low", "high"):
+    for table in ("bias", "low", "high"):
         assert loads[f"edits.{table}"] == {"128": 1}, table
 
 
