@@ -204,21 +204,28 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None = None)
         raise ValueError(f"x has strides {x.stride()}: it cannot be written where rows overlap")
     check(x, bank, edits, position)
     if edits.index.shape[1]:
-        op(x, bank, list(edits), None if position is None else position.contiguous())
+        position = None if position is None else position.contiguous()
+        if as_op(x):
+            op(x, bank, list(edits), position)
+        else:
+            run(x, bank, edits, position)
     return x
 
 
 # Named after the package, so that another copy of it can be loaded beside this one.
 @torch.library.custom_op(f"{__package__}::steer", mutates_args=("x",))
 def op(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
-    run = launch if serves(x) else formula
-    with as_is(x):
-        run(x, bank, Edits(*edits), position)
+    run(x, bank, Edits(*edits), position)
 
 
 @op.register_fake
 def _(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
     return None
+
+
+def run(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
+    with as_is(x):
+        (launch if serves(x) else formula)(x, bank, edits, position)
 
 
 def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
@@ -244,6 +251,11 @@ def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> No
 def serves(x: Tensor) -> bool:
     """Whether the kernels can run on x; the formulas always can."""
     return x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D
+
+
+def as_op(x: Tensor) -> bool:
+    """Whether to go through PyTorch's dispatcher. On a CPU that costs half as much as the work."""
+    return x.is_cuda or torch.compiler.is_compiling()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import edits as editing
 from .devices import tl, triton
-from .edits import acting, as_is, edited, place, positions, serves, tiling
+from .edits import acting, as_is, as_op, edited, place, positions, serves, tiling
 from .tables import PADDING, Edits
 
 # The formula.
@@ -149,8 +149,11 @@ def add_steer_norm(
     else:
         editing.check(x, bank, edits, position)
         position = None if position is None else position.contiguous()
-    tables = [] if edits is None or not edits.index.shape[1] else list(edits)
-    return op(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+    edits = None if edits is None or not edits.index.shape[1] else edits
+    if as_op(x):
+        tables = [] if edits is None else list(edits)
+        return op(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+    return run(x, delta, weight, eps, offset, post_weight, bank, edits, position)
 
 
 @torch.library.custom_op(f"{__package__}::add_steer_norm", mutates_args=())
@@ -165,15 +168,18 @@ def op(
     edits: Sequence[Tensor],
     position: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    run = launch if serves(x) else formula
     tables = Edits(*edits) if edits else None
-    with as_is(x):
-        return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+    return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
 
 
 @op.register_fake
 def _(x, delta, weight, eps, offset, post_weight, bank, edits, position):
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def run(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    with as_is(x):
+        return (launch if serves(x) else formula)(x, *rest)
 
 
 def launch(
