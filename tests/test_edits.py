@@ -305,12 +305,18 @@ def test_sums_stay_float32_under_autocast():
         torch.testing.assert_close(editing.steer(50 * x, *rest), expected)
 
 
-def test_a_gradient_that_would_be_lost_is_refused():
-    x, *rest = case(Edit(0, slope=1.0))
-    with pytest.raises(RuntimeError, match="steering has no gradient"):
-        editing.steer((x.requires_grad_() * 2), *rest)
-    with torch.no_grad():
-        editing.steer(x, *rest)
+def test_gradients_are_those_of_one_edit_after_another():
+    row = [Edit(0, bias=2.0), Edit(1, bias=1.0, slope=1.0), Edit(2, slope=1.0)]
+    x, bank, edits, position = case(*row)
+    x.requires_grad_()
+    by_hand = x * 1
+    for edit in row:
+        u = bank[edit.index]
+        by_hand = by_hand + (edit.bias - edit.slope * (by_hand @ u))[..., None] * u
+    (expected,) = torch.autograd.grad(by_hand.square().sum(), x)
+    bank.requires_grad_()  # to which none passes
+    (result,) = torch.autograd.grad(editing.steer(x * 1, bank, edits, position).square().sum(), x)
+    torch.testing.assert_close(result, expected)
 
 
 def test_large_states_do_not_overflow_in_half_precision(steer):
@@ -362,6 +368,8 @@ BAD = {
         r"index is \(1, 1\) torch.int64: it should be",
     ),
     "x in float64": (lambda x, b, e, p: (x.double(), b, e, p), "x is torch.float64"),
+    "x in a tuple": (lambda x, b, e, p: ((x,), b, e, p), "x is a tuple"),
+    "edits that are not compiled": (lambda x, b, e, p: (x, b, [[]], p), "edits are a list"),
     "x without rows": (lambda x, b, e, p: (x[0], b, e, p), r"x is \(3, 16\)"),
     "x transposed": (lambda x, b, e, p: (x.mT.contiguous().mT, b, e, p), "x has strides"),
     "x expanded": (lambda x, b, e, p: (x[:, :1].expand(1, 3, 16), b, e, p), "x has strides"),

@@ -7,7 +7,7 @@ import torch
 from checkpoints import VARIANTS
 
 import tinysteer as ts
-from tinysteer.model import CHUNK, Cache, Decoder
+from tinysteer.model import CHUNK, Cache, Decoder, unsteered
 from tinysteer.tokenizer import pad
 
 T = 24
@@ -186,9 +186,9 @@ def test_a_row_of_padding_never_becomes_nan(checkpoint):
 def test_a_long_prompt_is_run_in_chunks(model):
     tokens, lengths = some_tokens(1, CHUNK + 90), []
 
-    def measure(x, layer, position):
+    def measure(x, *rest):
         lengths.append(x.shape[1])
-        return x
+        return unsteered(x, *rest)
 
     cache = Cache(model.decoder, torch.zeros(1, dtype=torch.long), CHUNK + 90, CHUNK + 90)
     last = model.decoder.prefill(tokens, cache, measure)

@@ -6,6 +6,7 @@ from device import DEVICE
 from test_edits import case
 from tinysteer_kernels import Edit, add_steer_norm, compile_edits, residual, steer
 from tinysteer_kernels import edits as editing
+from tinysteer_kernels.checks import check_edits, check_surroundings
 from tinysteer_kernels.devices import HAS_TRITON
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,11 +98,11 @@ def test_a_launch_reads_nothing_and_allocates_nothing_but_its_results(T, monkeyp
     monkeypatch.setattr(editing, "steer_kernel", Kernel())
     monkeypatch.setattr(residual, "add_steer_norm_kernel", Kernel())
     with Calls() as calls:
-        editing.check(x, bank, edits, position)
+        check_edits(x, bank, edits, position)
         editing.launch(x, bank, edits, position)
     assert calls.names == []
     with Calls() as calls:
-        residual.check(x, delta, weight, None)
+        check_surroundings(x, delta, weight, None)
         residual.launch(x, delta, weight, 1e-6, 0.0, None, bank, edits, position)
     assert calls.names == ["aten.new_empty.default"] * 2
 

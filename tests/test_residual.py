@@ -199,12 +199,18 @@ def test_an_expanded_row_may_be_read():
     torch.testing.assert_close(result, (2 * x).expand(2, 3, 16))
 
 
-def test_a_gradient_that_would_be_lost_is_refused():
-    x, *_ = case()
-    weight = torch.ones(16, device=DEVICE)
-    for one, other in ((x.clone().requires_grad_(), x), (x, x.clone().requires_grad_())):
-        with pytest.raises(RuntimeError, match="steering has no gradient"):
-            add_steer_norm(one, other, weight, EPS)
+def test_gradients_are_those_of_the_steps():
+    x, bank, edits, position = case(Edit(0, bias=2.0), Edit(1, bias=1.0, slope=1.0))
+    delta, weight, _, _ = surroundings(x, "llama")
+    for tensor in (x, delta, weight):
+        tensor.requires_grad_()
+    steering = {"bank": bank, "edits": edits, "position": position}
+    _, y = add_steer_norm(x, delta, weight, EPS, **steering)
+    h = editing.steer(x + delta, bank, edits, position)
+    expected = torch.autograd.grad(rms_norm(h, weight, EPS).square().sum(), (x, delta, weight))
+    result = torch.autograd.grad(y.square().sum(), (x, delta, weight))
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 BAD = {

@@ -79,7 +79,7 @@ def test_capacity_is_kept_for_later_edits():
 def test_contents_of_another_shape_are_refused():
     bank = unit_rows(3, 8)
     tables = compile_edits(bank, [[], []], capacity=2)
-    with pytest.raises(ValueError, match=r"\(2, 2\).*\(1, 2\)"):
+    with pytest.raises(ValueError, match=r"\(2, 2\).*\(1, 2\).*capacity"):
         tables.copy_(compile_edits(bank, [[]], capacity=2))
 
 
@@ -115,6 +115,28 @@ def test_a_direction_that_is_not_finite_is_refused():
 def test_positions_beyond_int32_and_empty_windows_are_refused(first, last):
     with pytest.raises(ValueError, match=f"acts from {first} to {last}"):
         compile_edits(unit_rows(1, 8), [[Edit(0, bias=1.0, first=first, last=last)]])
+
+
+WRONG = {
+    "one flat list": ([Edit(0, bias=8.0)], "list of lists"),
+    "dicts": ([{"index": 0}], "list of lists"),
+    "tuples for edits": ([[(0, 8.0)]], "is no Edit"),
+    "a tensor for an index": ([[Edit(torch.zeros(8))]], "is no Edit"),
+    "a bias that is no number": ([[Edit(0, bias=math.nan)]], "bias or slope"),
+    "limits the wrong way round": ([[Edit(0, low=2.0, high=-2.0)]], "low above high"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_list_of_edits_is_refused_in_words(name):
+    rows, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        compile_edits(unit_rows(3, 8), rows)
+
+
+def test_a_bank_that_is_trained_leaves_no_trace_in_tables():
+    edits = compile_edits(unit_rows(3, 8).requires_grad_(), [[Edit(0, slope=1.0)]])
+    assert not any(table.requires_grad for table in edits)
 
 
 def test_an_empty_bank_gives_empty_tables():

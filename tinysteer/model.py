@@ -9,10 +9,11 @@ Layer L is the residual stream after block L, counted from 0.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels import PADDING, rms_norm
+from tinysteer_kernels import PADDING, add_steer_norm, rms_norm
 from torch import Tensor, nn
 
 from tinysteer.config import Config, Layer
@@ -25,30 +26,6 @@ ACTIVATIONS = {
 }
 CHUNK = 512  # positions run at once: bounds the mask and the scores of a long prompt
 
-Seam = Callable[[Tensor, int, Tensor], Tensor]
-
-
-def unsteered(x: Tensor, layer: int, position: Tensor) -> Tensor:
-    """The seam's identity. Any function of this signature may stand in its place.
-
-    x (B, T, D) is the residual stream after block `layer`; position (B, T) counts from the last
-    prompt token (0), and is PADDING where a row has no token. The result takes x's place.
-    """
-    return x
-
-
-class Recorder:
-    """A seam that keeps what another one returns: for each layer a list of (B, T, D)."""
-
-    def __init__(self, n_layers: int, steer: Seam = unsteered, keep: slice = slice(None)):
-        self.steer, self.keep = steer, keep  # of each forward's positions
-        self.states: list[list[Tensor]] = [[] for _ in range(n_layers)]
-
-    def __call__(self, x: Tensor, layer: int, position: Tensor) -> Tensor:
-        x = self.steer(x, layer, position)
-        self.states[layer].append(x[:, self.keep].clone())
-        return x
-
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, config: Config):
@@ -58,6 +35,50 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class Norms(NamedTuple):
+    """What surrounds a sum of the residual stream."""
+
+    post: nn.Module  # of what is added to it: an RMSNorm, or an identity
+    next: RMSNorm  # of the sum, for what reads it
+
+
+def add(x: Tensor, delta: Tensor, norms: Norms, **steering) -> tuple[Tensor, Tensor]:
+    """x (B, T, D) + norms.post(delta), edited if `steering` says so, and norms.next of it."""
+    post_weight, norm = getattr(norms.post, "weight", None), norms.next
+    traits = {"offset": norm.offset, "post_weight": post_weight}
+    return add_steer_norm(x, delta, norm.weight, norm.eps, **traits, **steering)
+
+
+Seam = Callable[[Tensor, Tensor, Norms, int, Tensor], tuple[Tensor, Tensor]]
+
+
+def unsteered(
+    x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The seam without edits. Any function of this signature may stand in its place.
+
+    Block `layer` adds delta to the residual stream x, both (B, T, D); position (B, T) counts from
+    the last prompt token (0), and is PADDING where a row has no token. -> the stream after the
+    block, and its norm for the next block or the head.
+    """
+    return add(x, delta, norms)
+
+
+class Recorder:
+    """A seam that keeps the stream another one returns: for each layer a list of (B, T, D)."""
+
+    def __init__(self, n_layers: int, steer: Seam = unsteered, keep: slice = slice(None)):
+        self.steer, self.keep = steer, keep  # of each forward's positions
+        self.states: list[list[Tensor]] = [[] for _ in range(n_layers)]
+
+    def __call__(
+        self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, y = self.steer(x, delta, norms, layer, position)
+        self.states[layer].append(x[:, self.keep].clone())
+        return x, y
 
 
 class Linear(nn.Linear):
@@ -209,9 +230,11 @@ class Block(nn.Module):
         )
         self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), MLP(config), post_norm()
 
-    def forward(self, x: Tensor, view: View, cache: Cache) -> Tensor:
-        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), view, cache))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+    def forward(self, x: Tensor, y: Tensor, view: View, cache: Cache) -> tuple[Tensor, Tensor]:
+        """The stream and its norm, (B, T, D) -> the stream after attention, what is added next."""
+        norms = Norms(self.attn_post_norm, self.mlp_norm)
+        x, y = add(x, self.attn(y, view, cache), norms)
+        return x, self.mlp(y)
 
 
 class Decoder(nn.Module):
@@ -232,10 +255,13 @@ class Decoder(nn.Module):
         views, position = cache.advance(tokens.shape[1])
         x = self.embed(tokens)
         x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded, as in training
+        y = self.blocks[0].attn_norm(x)
+        after = [*(block.attn_norm for block in self.blocks[1:]), self.norm]
         for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
-            x = block(x, views[kind], cache)
-            x = steer(x, layer, position)  # <- everything this library is about
-        return self.norm(x)
+            x, delta = block(x, y, views[kind], cache)
+            norms = Norms(block.mlp_post_norm, after[layer])
+            x, y = steer(x, delta, norms, layer, position)  # <- everything this library is about
+        return y
 
     def prefill(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
         """`forward` in chunks -> the last position alone, (B, 1, D)."""

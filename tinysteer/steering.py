@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinysteer.edits import Direction, Edit, Origin
-from tinysteer.model import Seam, unsteered
+from tinysteer.model import Norms, Seam, add, unsteered
 from tinysteer.vectors import SteeringVector
 
 Steer = Sequence[Edit] | Sequence[Sequence[Edit]] | Edit | None
@@ -104,10 +104,13 @@ class Steering:
             ]
             self.tables[layer] = kernels.compile_edits(self.bank, moves)
 
-    def __call__(self, x: Tensor, layer: int, position: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if layer not in self.tables:
-            return x
-        return kernels.steer(x, self.bank, self.tables[layer], position)
+            return add(x, delta, norms)
+        tables = self.tables[layer]
+        return add(x, delta, norms, bank=self.bank, edits=tables, position=position)
 
 
 def seam(rows: Sequence[Sequence[Edit]], device: torch.device | str = "cpu") -> Seam:
@@ -122,9 +125,12 @@ class Explaining(Steering):
         super().__init__(rows, device)
         self.d: dict[int, list[Tensor]] = {layer: [] for layer in self.tables}  # (B, T, K) each
 
-    def __call__(self, x: Tensor, layer: int, position: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if layer in self.tables:
             table = self.tables[layer]
             u = kernels.directions(self.bank, table)
-            self.d[layer].append(kernels.moves(x.float(), u, table, position))
-        return super().__call__(x, layer, position)
+            h = (x + norms.post(delta)).float()
+            self.d[layer].append(kernels.moves(h, u, table, position))
+        return super().__call__(x, delta, norms, layer, position)

@@ -2,24 +2,27 @@
 
 B  batch     T  positions     D  model width     K  edits per row     N  directions in the bank
 
-tables.py says what an edit is. Here are, downwards, the formula in PyTorch, the kernel, and the op
-with its launcher. The kernel reads and writes x once and reads each row's directions: in 16 bits
-4 B T D + 2 B K D bytes at least, where one hook an edit moves 4 B T D each. Past a few thousand
-positions that decides; while decoding it is the two reads that wait for each other, of a table
-and of the direction it names.
+tables.py says what an edit is, and why K dot products, a recurrence of K scalars and one weighted
+sum do: with p = U h and G = U U^T the k-th edit sees p_k + sum_{j<k} d_j G_kj. Here are, downwards,
+that formula in PyTorch, the kernel, and the op with its launcher.
+
+The kernel reads and writes x once and reads each row's directions: in 16 bits 4 B T D + 2 B K D
+bytes at least, where one hook an edit moves 4 B T D each. Past a few thousand positions that
+decides; while decoding it is the two reads that wait for each other, of a table and of the
+direction it names.
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
 
+from .checks import check_edits, check_stream
 from .devices import HAS_TRITON, tl, triton
 from .tables import PADDING, Edits
 
 MAX_D = 16384  # a program holds whole positions in registers
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # The formula.
@@ -35,7 +38,7 @@ def formula(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> T
 
 def directions(bank: Tensor, edits: Edits) -> Tensor:
     """The direction of every edit, (B, K, D) float32, zeros where a row has none."""
-    u = bank[edits.index.long().clamp(min=0)].float()
+    u = bank.detach()[edits.index.long().clamp(min=0)].float()
     return torch.where((edits.index >= 0)[..., None], u, 0.0)  # another row's NaN stays with it
 
 
@@ -108,11 +111,11 @@ def edited(
 ):
     """h (BLOCK_T, BLOCK_D) float32, at (BLOCK_T,) -> h after the row's edits, and where it moved.
 
-    One of BLOCK_T and BLOCK_K is 1. While decoding, several edits of one position
-    share a reduction over D, and the Gram matrix tells each what those before it did; in a prefill
-    several positions share the load of one edit. From block to block h itself carries the moves.
-    `now` is what `acting` says of the first block, asked before h was there: the directions wait
-    for it, and it for nothing.
+    While decoding, several edits of one position share a reduction over D, and the Gram matrix
+    tells each what those before it did; in a prefill several positions share the load of one edit.
+    So one of BLOCK_T and BLOCK_K is 1, for the sake of registers: a tile is (edits, width) or
+    (positions, width). From block to block h itself carries the moves. `now` is `acting` of the
+    first block, loaded beside h; `ahead` that of the next, loaded while this one is worked on.
     """
     tl.static_assert(BLOCK_T == 1 or BLOCK_K == 1)
     slot = tl.arange(0, BLOCK_K)
@@ -189,10 +192,10 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None = None)
     """Edit x (B, T, D) in place and return it.
 
     bank (N, D) holds unit rows; position (B, T) int32 says where a token stands (see Edit); None
-    stands for 0 everywhere. Sums in float32 and rounds once. Where no edit moves anything x keeps
-    its bits. x is float32, float16 or bfloat16 and may be strided but for D; the bank's type is
-    best x's own. ValueError for sizes, types or devices that do not go together; RuntimeError
-    where a gradient would be lost, since there is none.
+    stands for 0 everywhere, so that windows mean what they mean for the last prompt token. Sums in
+    float32 and rounds once. Where no edit moves anything x keeps its bits. x is float32, float16 or
+    bfloat16 and may be strided but for D; the bank's type is best x's own. Gradients pass to x,
+    none to the bank. ValueError for sizes, types or devices that do not go together.
 
     On a GPU one launch, without host reads and, where position is contiguous, without allocation:
     fit for CUDA graphs, once it has run with the same shapes, strides, types and alignments. What
@@ -202,30 +205,27 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None = None)
     check_stream(x)
     if any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"x has strides {x.stride()}: it cannot be written where rows overlap")
-    check(x, bank, edits, position)
+    check_edits(x, bank, edits, position)
     if edits.index.shape[1]:
         position = None if position is None else position.contiguous()
         if as_op(x):
             op(x, bank, list(edits), position)
         else:
-            run(x, bank, edits, position)
+            with as_is(x):
+                formula(x, bank, edits, position)
     return x
 
 
 # Named after the package, so that another copy of it can be loaded beside this one.
 @torch.library.custom_op(f"{__package__}::steer", mutates_args=("x",))
 def op(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
-    run(x, bank, Edits(*edits), position)
+    with as_is(x):
+        (launch if serves(x) else formula)(x, bank, Edits(*edits), position)
 
 
 @op.register_fake
 def _(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
     return None
-
-
-def run(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
-    with as_is(x):
-        (launch if serves(x) else formula)(x, bank, edits, position)
 
 
 def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
@@ -253,16 +253,25 @@ def serves(x: Tensor) -> bool:
     return x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D
 
 
-def as_op(x: Tensor) -> bool:
-    """Whether to go through PyTorch's dispatcher. On a CPU that costs half as much as the work."""
-    return x.is_cuda or torch.compiler.is_compiling()
+def as_op(*tensors: Tensor) -> bool:
+    """Whether to go through PyTorch's dispatcher, for a GPU or a graph.
+
+    On a CPU that costs half as much as the work. Where a gradient is wanted the formula serves,
+    which autograd can follow, on any device.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return tensors[0].is_cuda or torch.compiler.is_compiling()
 
 
-@contextmanager
-def as_is(x: Tensor):
-    """Launch on x's own device, and keep autocast from sums that are float32."""
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        yield
+def as_is(x: Tensor) -> AbstractContextManager:
+    """In it a launch goes to x's own device, and autocast keeps away from sums in float32."""
+    stack = ExitStack()
+    if x.is_cuda:
+        stack.enter_context(torch.cuda.device_of(x))
+    if torch.is_autocast_enabled(x.device.type):
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    return stack
 
 
 def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
@@ -279,40 +288,3 @@ def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
     else:
         block_t, block_k = 1, min(4, K & -K, 128 // (share * itemsize)) if share <= 16 else 1
     return {"BLOCK_D": block_d, "BLOCK_T": block_t, "BLOCK_K": max(block_k, 1)}, n_warps
-
-
-def check_stream(x: Tensor) -> None:
-    """ValueError for what is no residual stream that the kernels can read."""
-    if x.ndim != 3 or not x.shape[2]:
-        raise ValueError(f"x is {tuple(x.shape)}: give (rows, positions, width)")
-    if x.dtype not in FLOATS:
-        raise ValueError(f"x is {x.dtype}: use float32, float16 or bfloat16")
-    if x.stride(2) != 1:
-        raise ValueError(f"x has strides {x.stride()}: its last must be 1")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError("steering has no gradient: call it under torch.no_grad()")
-
-
-def check(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
-    """ValueError, with the sizes seen, for what does not go together."""
-    (B, T, D), K = x.shape, edits.index.shape[-1]
-    if bank.ndim != 2 or bank.shape[1] != D:
-        raise ValueError(f"x is {D} wide, but the bank of directions is {tuple(bank.shape)}")
-    if bank.dtype not in FLOATS:
-        raise ValueError(f"the bank is {bank.dtype}: use float32, float16 or bfloat16")
-    if len(edits.index) != B:
-        raise ValueError(f"edits are for {len(edits.index)} rows, x has {B}")
-    wanted = dict.fromkeys(("index", "first", "last"), ((B, K), torch.int32))
-    wanted |= dict.fromkeys(("bias", "slope", "low", "high"), ((B, K), torch.float32))
-    wanted |= {"gram": ((B, K, K), torch.float32), "position": ((B, T), torch.int32)}
-    tables = edits._asdict() | ({} if position is None else {"position": position})
-    for name, table in tables.items():
-        shape, dtype = wanted[name]
-        if table.shape != shape or table.dtype != dtype:
-            seen = f"{tuple(table.shape)} {table.dtype}"
-            raise ValueError(f"{name} is {seen}: it should be {shape} {dtype}")
-    for name, tensor in (tables | {"bank": bank}).items():
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device}, {name} on {tensor.device}")
-        if name != "position" and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}: make it contiguous")

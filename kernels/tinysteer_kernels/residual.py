@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import edits as editing
+from .checks import check_edits, check_surroundings
 from .devices import tl, triton
 from .edits import acting, as_is, as_op, edited, place, positions, serves, tiling
 from .tables import PADDING, Edits
@@ -141,19 +142,20 @@ def add_steer_norm(
 
     On a GPU one launch, as fit for CUDA graphs as `steer`.
     """
-    check(x, delta, weight, post_weight)
+    check_surroundings(x, delta, weight, post_weight)
     if edits is None:
         bank = position = None
     elif bank is None:
         raise ValueError("edits need the bank of directions that they name")
     else:
-        editing.check(x, bank, edits, position)
+        check_edits(x, bank, edits, position)
         position = None if position is None else position.contiguous()
     edits = None if edits is None or not edits.index.shape[1] else edits
-    if as_op(x):
+    if as_op(x, delta, weight, *([] if post_weight is None else [post_weight])):
         tables = [] if edits is None else list(edits)
         return op(x, delta, weight, eps, offset, post_weight, bank, tables, position)
-    return run(x, delta, weight, eps, offset, post_weight, bank, edits, position)
+    with as_is(x):
+        return formula(x, delta, weight, eps, offset, post_weight, bank, edits, position)
 
 
 @torch.library.custom_op(f"{__package__}::add_steer_norm", mutates_args=())
@@ -168,18 +170,14 @@ def op(
     edits: Sequence[Tensor],
     position: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    tables = Edits(*edits) if edits else None
-    return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+    tables, run = Edits(*edits) if edits else None, launch if serves(x) else formula
+    with as_is(x):
+        return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
 
 
 @op.register_fake
 def _(x, delta, weight, eps, offset, post_weight, bank, edits, position):
     return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-def run(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    with as_is(x):
-        return (launch if serves(x) else formula)(x, *rest)
 
 
 def launch(
@@ -222,23 +220,3 @@ def launch(
         num_warps=n_warps,
     )
     return x_out, y_out
-
-
-def check(x: Tensor, delta: Tensor, weight: Tensor, post_weight: Tensor | None) -> None:
-    """ValueError, with the sizes seen, for what does not go together."""
-    editing.check_stream(x)
-    D = x.shape[2]
-    if delta.shape != x.shape:
-        raise ValueError(f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}")
-    if delta.stride(2) != 1:
-        raise ValueError(f"delta has strides {delta.stride()}: its last must be 1")
-    for name, tensor in {"delta": delta, "weight": weight, "post_weight": post_weight}.items():
-        if tensor is None:
-            continue
-        if torch.is_grad_enabled() and tensor.requires_grad and name == "delta":
-            raise RuntimeError("steering has no gradient: call it under torch.no_grad()")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            theirs = f"{tensor.dtype} on {tensor.device}"
-            raise ValueError(f"x is {x.dtype} on {x.device}, {name} {theirs}")
-        if name != "delta" and (tensor.shape != (D,) or not tensor.is_contiguous()):
-            raise ValueError(f"{name} is {tuple(tensor.shape)}: it should be {(D,)}, contiguous")

@@ -13,6 +13,7 @@ follow one from the other, and h is written once, h + sum_k d_k u_k.
 """
 
 import itertools
+import numbers
 from collections.abc import Sequence
 from math import inf
 from typing import NamedTuple
@@ -52,16 +53,21 @@ class Edits(NamedTuple):
     last: Tensor  # int32
     gram: Tensor  # (B, K, K) float32, <u_k, u_j>
 
+    @torch.no_grad()
     def copy_(self, other: "Edits") -> "Edits":
         """Take other's contents in place, as a captured CUDA graph needs it. Shapes must agree."""
         if self.index.shape != other.index.shape:
             old, new = tuple(self.index.shape), tuple(other.index.shape)
-            raise ValueError(f"the tables hold {old} rows and edits, the new ones {new}")
+            raise ValueError(
+                f"the tables hold {old} rows and edits, the new ones {new}: compile both with the "
+                "same `capacity`"
+            )
         for mine, theirs in zip(self, other, strict=True):
             mine.copy_(theirs, non_blocking=True)
         return self
 
 
+@torch.no_grad()
 def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 0) -> Edits:
     """bank (N, D); one list of edits a row -> tables on the bank's device.
 
@@ -70,14 +76,15 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 
     new ones. ValueError for a direction that the bank has not or that is not finite, for one that
     is not of unit length where its projection is read, and for positions beyond int32.
     """
+    if bank.ndim != 2:
+        raise ValueError(f"the bank is {tuple(bank.shape)}: give (directions, width)")
+    if any(isinstance(row, Edit) or not isinstance(row, Sequence) for row in rows):
+        raise ValueError("rows is a list of lists: for each row of x its edits, in order")
     K = max(capacity, *map(len, rows), 0)
     K += -K % 4 if K > 2 else 0
     padded = [[*row, *[Edit()] * (K - len(row))] for row in rows]
-    for edit in (edit for row in padded for edit in row):
-        if not -1 <= edit.index < len(bank):
-            raise ValueError(f"an edit names direction {edit.index} of a bank of {len(bank)}")
-        if not PADDING < edit.first <= edit.last <= ALWAYS[1]:
-            raise ValueError(f"an edit acts from {edit.first} to {edit.last}: no int32 positions")
+    for edit in itertools.chain(*padded):
+        check_edit(edit, len(bank))
     table = torch.tensor(padded, dtype=torch.float64, device="cpu")
     table = table.reshape(len(rows), K, len(Edit._fields))
     index, bias, slope, low, high, first, last = table.unbind(-1)
@@ -99,3 +106,15 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 
         gram.float(),
     )
     return Edits(*(column.to(bank.device) for column in tables))
+
+
+def check_edit(edit: Edit, n_directions: int) -> None:
+    """ValueError for what is no edit along a direction of the bank."""
+    if not isinstance(edit, Edit) or not isinstance(edit.index, numbers.Integral):
+        raise ValueError(f"{edit!r:.60} is no Edit(index of a direction, bias, ...)")
+    if not -1 <= edit.index < n_directions:
+        raise ValueError(f"an edit names direction {edit.index} of a bank of {n_directions}")
+    if not PADDING < edit.first <= edit.last <= ALWAYS[1]:
+        raise ValueError(f"an edit acts from {edit.first} to {edit.last}: no int32 positions")
+    if not (abs(edit.bias) < inf and abs(edit.slope) < inf and edit.low <= edit.high):
+        raise ValueError(f"{edit} has a bias or slope that is not finite, or low above high")
