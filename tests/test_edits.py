@@ -109,7 +109,7 @@ def test_the_kernel_equals_one_edit_after_another_in_float64(seed):
     assert torch.equal(around, before), "it wrote beside x"
 
 
-@pytest.mark.parametrize("seed", range(1000, 1150))
+@pytest.mark.parametrize("seed", range(1000, 1060))
 def test_the_formula_equals_one_edit_after_another_in_float64(seed):
     x, bank, rows, position = random_case(seed)
     expected = one_by_one(x, bank, rows, position)

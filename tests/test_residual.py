@@ -45,7 +45,7 @@ def exact_norm(h, weight, offset):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(2000, 2040))
+@pytest.mark.parametrize("seed", range(2000, 2020))
 def test_it_equals_its_steps_in_float64(run, seed, family):
     """x rounds where the steps round, so the exact ones start from each rounded value."""
     x, bank, rows, position = random_case(seed, widths=(64, 100, 576, 2304, 4096))
