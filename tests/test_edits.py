@@ -278,10 +278,13 @@ def test_a_direction_is_read_only_where_a_row_needs_it(steer, T):
     torch.testing.assert_close(result[1], expected)
 
 
-def test_an_add_leaves_one_infinite_value_alone(steer):
-    x, bank, edits, position = case(Edit(0, bias=2.0), Edit(1, bias=1.0))
+@pytest.mark.parametrize("T", [1, 3])
+def test_an_add_leaves_one_infinite_value_alone(steer, T):
+    x, bank, edits, position = case(Edit(0, bias=2.0), Edit(1, slope=1.0, low=0.0), T=T)
+    at = int(bank[1].argmax())  # where infinity is far above what `low` lets through
+    x[0, 0, at] = 1e6
     expected = steer(x.clone(), bank, edits, position)
-    expected[0, 1, 5] = x[0, 1, 5] = math.inf
+    expected[0, 0, at] = x[0, 0, at] = math.inf
     assert torch.equal(steer(x, bank, edits, position), expected)
 
 

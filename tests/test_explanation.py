@@ -15,7 +15,9 @@ def vector(model):
     return ts.SteeringVector.from_means(without + torch.randn(4, 48), without, {"name": "terse"})
 
 
-def test_the_moves_are_those_of_the_residual_stream(model, vector):
+@pytest.mark.parametrize("variant", ["llama: grouped heads", "gemma2"])  # with post-norms
+def test_the_moves_are_those_of_the_residual_stream(checkpoint, variant, vector):
+    model = ts.load(checkpoint(variant)[0], dtype="float32")
     edit = vector.at(2).to_target(0.5, target=3.0)
     ids = model.tokenizer.chat("a prompt")
     (said,) = model.explain("a prompt", [edit])

@@ -134,6 +134,14 @@ CASES = {
         nth_paragraph=3,
         first_word="two",
     ),
+    "the first word does not make up for a paragraph too many": case(
+        "length_constraints:nth_paragraph_first_word",
+        "one\n\ntwo\n\nthree",
+        False,
+        num_paragraphs=2,
+        nth_paragraph=2,
+        first_word="two",
+    ),
     "a nested placeholder is one": case(
         "detectable_content:number_placeholders", "[a [b]]", False, num_placeholders=2
     ),
