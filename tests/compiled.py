@@ -1,9 +1,8 @@
 """Compile the kernels as their launchers would for a GPU that need not be here, and read the code.
 
-    python tests/compiled.py 90
+    TRITON_INTERPRET=0 python tests/compiled.py 90
 
-prints a JSON object, variant -> what `machine_code` counts, for compute capability 9.0. Triton's
-interpreter must be off.
+prints a JSON object, variant -> what `machine_code` counts, for compute capability 9.0.
 """
 
 import collections
