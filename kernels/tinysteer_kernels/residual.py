@@ -143,14 +143,14 @@ def add_steer_norm(
     On a GPU one launch, as fit for CUDA graphs as `steer`.
     """
     check_surroundings(x, delta, weight, post_weight)
-    if edits is None:
-        bank = position = None
-    elif bank is None:
-        raise ValueError("edits need the bank of directions that they name")
-    else:
+    if edits is not None:
+        if bank is None:
+            raise ValueError("edits need the bank of directions that they name")
         check_edits(x, bank, edits, position)
-        position = None if position is None else position.contiguous()
-    edits = None if edits is None or not edits.index.shape[1] else edits
+    if edits is None or not edits.index.shape[1]:
+        bank = edits = position = None
+    elif position is not None:
+        position = position.contiguous()
     if as_op(x, delta, weight, *([] if post_weight is None else [post_weight])):
         tables = [] if edits is None else list(edits)
         return op(x, delta, weight, eps, offset, post_weight, bank, tables, position)
@@ -201,7 +201,7 @@ def launch(
         delta_ptr=delta,
         weight_ptr=weight,
         post_weight_ptr=post_weight,
-        bank_ptr=bank if K else None,
+        bank_ptr=bank,
         edits=edits,
         position_ptr=position,
         x_out_ptr=x_out,
