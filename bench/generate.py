@@ -19,7 +19,7 @@ from common import table, where
 
 import tinysteer as ts
 from tinysteer import generation
-from tinysteer.steering import per_row, seam
+from tinysteer.steering import per_row
 from tinysteer.streaming import TextStream
 from tinysteer.tokenizer import pad
 
@@ -45,8 +45,8 @@ def edits_for(model) -> list:
 @torch.inference_mode()
 def run_ours(ours, ids, edits):
     rows = [TextStream(ours.tokenizer.decode, N_TOKENS) for _ in ids]
-    steer = seam(per_row(edits, len(ids)))
-    for _ in generation.decode(ours.decoder, ids, rows, steer):
+    edits = per_row(edits, len(ids))
+    for _ in generation.decode(ours.steps, ids, rows, lambda n: edits):
         pass
     return [row.ids for row in rows]
 

@@ -15,13 +15,19 @@ from pathlib import Path
 
 import torch
 import triton
-from tinysteer_kernels import Edit, Edits, compile_edits, residual
+from tinysteer_kernels import Edit, Edits, View, attention, compile_edits, gating, residual
 from tinysteer_kernels import edits as editing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 BF16, FP32 = torch.bfloat16, torch.float32
 ONE, MANY = 1, 64  # positions: decoding, and a prefill
 
@@ -46,6 +52,22 @@ VARIANTS = {
     "fused, decode, no edits": ("fused", ONE, 4096, 0, BF16, BF16, False),
     "fused, prefill": ("fused", MANY, 4096, 4, BF16, BF16, False),
     "fused, prefill, post-norm": ("fused", MANY, 2048, 4, BF16, BF16, True),
+}
+# rows, query heads, key heads, columns, head_dim, type, norms of the heads, cap of the scores
+ATTENTION = {
+    "attend, Llama 3.1": (64, 32, 8, 4096, 128, BF16, False, None),
+    "attend, Llama 3.1, shares": (1, 32, 8, 4096, 128, BF16, False, None),
+    "attend, Phi-3 mini": (64, 32, 32, 4096, 96, BF16, False, None),
+    "attend, Gemma 2": (64, 8, 4, 4096, 256, BF16, False, 50.0),
+    "attend, Gemma 3": (1, 4, 1, 4096, 256, BF16, True, None),
+    "attend, SmolLM2": (8, 9, 3, 1024, 64, torch.float16, False, None),
+    "attend, float32": (1, 32, 8, 4096, 128, FP32, False, None),
+}
+COMBINING = {"combine, Llama 3.1": ATTENTION["attend, Llama 3.1, shares"]}
+GATING = {  # activation, type
+    "gated, silu": ("silu", BF16),
+    "gated, gelu": ("gelu", BF16),
+    "gated, gelu_tanh": ("gelu_tanh", FP32),
 }
 
 
@@ -116,7 +138,29 @@ def record(op, T, D, K, dtype, bank_dtype, post_norm) -> Recorder:
     return recorder
 
 
+def record_attention(B, H, G, S, D, dtype, qk_norm, cap) -> tuple[Recorder, Recorder]:
+    """Likewise: the launches of both kernels."""
+    attention.attend_kernel, attention.combine_kernel = Recorder(ATTEND), Recorder(COMBINE)
+    with torch.device("meta"):
+        qkv = torch.empty(B, 1, (H + 2 * G) * D, dtype=dtype)
+        cos = torch.empty(B, 1, 1, D, dtype=dtype)
+        k = torch.empty(B, G, S, D, dtype=dtype)
+        column = torch.empty(1, dtype=torch.int64)
+    view = View(cos, cos, column, column, S)
+    weight = cos[0, 0, 0] if qk_norm else None
+    attention.launch(qkv, k, k, view, 0.1, cap, weight, weight, 1e-6, float(qk_norm))
+    return attention.attend_kernel, attention.combine_kernel
+
+
+def record_gating(activation, dtype) -> Recorder:
+    gating.gated_kernel = recorder = Recorder(GATED)
+    gating.launch(torch.empty(2, 1, 2 * 14336, dtype=dtype), activation)
+    return recorder
+
+
 STEER, FUSED = editing.steer_kernel, residual.add_steer_norm_kernel
+ATTEND, COMBINE = attention.attend_kernel, attention.combine_kernel
+GATED = gating.gated_kernel
 
 
 def machine_code(kernel) -> dict:
@@ -166,8 +210,12 @@ def load_widths(ptx: str, pointers: list[str]) -> dict[str, dict[int, int]]:
 def main() -> None:
     capability = int(sys.argv[1])
     report = {}
-    for name, variant in VARIANTS.items():
-        kernel, pointers = compile_as_launched(record(*variant), capability)
+    launches = {name: record(*variant) for name, variant in VARIANTS.items()}
+    launches |= {name: record_attention(*variant)[0] for name, variant in ATTENTION.items()}
+    launches |= {name: record_attention(*variant)[1] for name, variant in COMBINING.items()}
+    launches |= {name: record_gating(*variant) for name, variant in GATING.items()}
+    for name, recorder in launches.items():
+        kernel, pointers = compile_as_launched(recorder, capability)
         report[name] = machine_code(kernel) | {"loads": load_widths(kernel.asm["ptx"], pointers)}
     print(json.dumps(report))
 

@@ -1,6 +1,7 @@
-"""Triton's interpreter with bfloat16 as a GPU has it: its own casts truncate, and lose subnormals.
+"""Triton's interpreter with bfloat16 as a GPU has it.
 
-Its arithmetic on bfloat16 stays wrong. The kernels use none: they compute in float32.
+Its own casts truncate, and lose subnormals; its products take the bits for integers. Its other
+arithmetic on bfloat16 stays wrong. The kernels use none: they compute in float32.
 """
 
 import numpy as np
@@ -9,6 +10,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 convert = interpreter._convert_float
+dot = interpreter.InterpreterBuilder.create_dot
 
 
 def rounding(x, source, target, mode):
@@ -22,4 +24,15 @@ def rounding(x, source, target, mode):
     return convert(x, source, target, mode)
 
 
+def product(self, a, b, *rest):
+    """a @ b of bfloat16 in float32, which holds each product of two exactly."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = (
+            interpreter.TensorHandle(rounding(x.data, tl.bfloat16, tl.float32, None), tl.float32)
+            for x in (a, b)
+        )
+    return dot(self, a, b, *rest)
+
+
 interpreter._convert_float = rounding
+interpreter.InterpreterBuilder.create_dot = product

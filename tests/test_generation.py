@@ -237,13 +237,13 @@ FILTERS = {  # settings -> the tokens that may be drawn
 @pytest.mark.parametrize("name", FILTERS)
 def test_draws_come_from_the_tokens_that_are_left(name):
     settings, allowed = FILTERS[name]
-    sampler = Sampler([1], **settings)
+    sampler = Sampler([1], 600, **settings)
     drawn = {int(sampler(LOGITS)[0]) for _ in range(600)}
     assert drawn == allowed
 
 
 def test_draws_are_as_frequent_as_they_are_likely():
-    sampler, n = Sampler(range(2000)), 4000
+    sampler, n = Sampler(range(2000), 2), 4000
     counts = sum(
         torch.bincount(sampler(LOGITS.expand(2000, -1)), minlength=5) for _ in range(n // 2000)
     )
@@ -252,8 +252,8 @@ def test_draws_are_as_frequent_as_they_are_likely():
 
 
 def test_a_draw_at_the_very_end_is_still_a_token_that_is_left(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1.0, dtype=torch.float64))
-    assert int(Sampler([0], top_k=2)(LOGITS)[0]) == 1
+    monkeypatch.setattr(torch, "rand", lambda n, **__: torch.ones(n, dtype=torch.float64))
+    assert int(Sampler([0], 1, top_k=2)(LOGITS)[0]) == 1
 
 
 def test_sampling_settings_equal_those_of_transformers():
@@ -269,7 +269,7 @@ def test_sampling_settings_equal_those_of_transformers():
             expected = theirs.TopPLogitsWarper(p)(None, expected)
         if m:
             expected = theirs.MinPLogitsWarper(m)(None, expected)
-        sampler = Sampler([0] * 3, 0.8, k, p, m)
+        sampler = Sampler([0] * 3, 1, 0.8, k, p, m)
         probabilities, tokens = sampler.probabilities(logits)
         ours = torch.zeros_like(logits).scatter(-1, tokens, probabilities.float())
         torch.testing.assert_close(ours, expected.softmax(-1))

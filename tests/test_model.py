@@ -69,7 +69,7 @@ def test_longrope_goes_by_the_room_a_row_has(checkpoint):
         with torch.no_grad():
             return ours.decoder.logits(ours.decoder(row, cache))
 
-    assert torch.equal(logits(6), ours.logits(row))
+    close(logits(6), ours.logits(row))
     assert torch.equal(logits(8), logits(6))  # 8 is still within the original length
     assert (logits(9) - logits(8)).abs().max() > 1e-2
 

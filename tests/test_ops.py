@@ -3,13 +3,13 @@
 import pytest
 import torch
 from device import DEVICE
+from dispatch import Calls
 from test_edits import case
 from tinysteer_kernels import Edit, add_steer_norm, compile_edits, residual, steer
 from tinysteer_kernels import edits as editing
 from tinysteer_kernels.checks import check_edits, check_surroundings
 from tinysteer_kernels.devices import HAS_TRITON
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROW = (Edit(0, bias=2.0), Edit(1, slope=1.0), Edit(2, bias=1.0, first=1))
 
@@ -72,18 +72,6 @@ def test_fakes_have_the_shapes_of_results_and_need_no_values():
         ]
         x, y = decoder_end(*fake)
     assert x.shape == y.shape == (2, 3, 16)
-
-
-class Calls(TorchDispatchMode):
-    """Counts what is dispatched to PyTorch."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")

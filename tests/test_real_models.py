@@ -7,7 +7,7 @@ from oracle import hooked, last_states, would_say
 import tinysteer as ts
 from tinysteer import generation
 from tinysteer.model import Cache
-from tinysteer.steering import per_row, seam
+from tinysteer.steering import per_row
 from tinysteer.streaming import TextStream
 
 pytestmark = pytest.mark.real
@@ -30,8 +30,8 @@ def answers(model, prompts, steer=None, n_tokens=N_TOKENS) -> list[list[int]]:
     """Greedy token ids of one batch, stop ids left out."""
     rows = [TextStream(model.tokenizer.decode, n_tokens, model.tokenizer.stop_ids) for _ in prompts]
     ids = [model.tokenizer.chat(prompt) for prompt in prompts]
-    edits = seam(per_row(steer, len(prompts)))
-    for _ in generation.decode(model.decoder, ids, rows, edits):
+    edits = per_row(steer, len(prompts))
+    for _ in generation.decode(model.steps, ids, rows, lambda n: edits):
         pass
     return [row.ids for row in rows]
 

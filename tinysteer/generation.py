@@ -2,13 +2,15 @@
 
 import numbers
 import operator
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tinysteer.model import Cache, Decoder, Seam, unsteered
-from tinysteer.sampling import Pick, greedy
+from tinysteer.edits import Edit
+from tinysteer.sampling import Sampler
+from tinysteer.stepping import BROKEN, Step, Steps
 from tinysteer.streaming import TextStream
 from tinysteer.tokenizer import pad
 
@@ -32,6 +34,8 @@ class Options:
     stop: str | Sequence[str] | None = None  # strings that end a text, left out of it
     chat: bool = True  # put prompts into the model's chat template; False: take them as they are
     batch_size: int = 32  # prompts decoded together
+    graph: bool = True  # on a GPU, capture a step and replay it; False: launch each anew
+    fused: bool = True  # on a GPU, use the kernels; False: PyTorch's operations
 
     def __post_init__(self):
         number, whole = numbers.Real, numbers.Integral
@@ -91,32 +95,53 @@ def check_lengths(
             )
 
 
+@torch.inference_mode()
 def decode(
-    decoder: Decoder,
+    steps: Steps,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[TextStream],
-    steer: Seam = unsteered,
-    pick: Pick = greedy,
+    edits: Callable[[int], Sequence[Sequence[Edit]]],
+    sampler: Sampler | None = None,
+    *,
+    graph: bool = True,
+    fused: bool = True,
 ) -> Iterator[tuple[int, str]]:
-    """Yield (row, piece of text) until every row is done; prompts are lists of token ids."""
+    """Yield (row, piece of text) until every row is done; prompts are lists of token ids.
+
+    edits: how many tokens were chosen so far -> the edits for the next, a list a row.
+    """
     tokens, start = pad(prompts)
-    tokens, prompt = tokens.to(decoder.embed.weight.device), tokens.shape[1]
-    limits = torch.tensor([row.limit for row in rows])
-    room = limits + torch.tensor([len(ids) for ids in prompts])
-    cache = Cache(decoder, start, prompt, prompt + int(limits.max()), room)
-    x = decoder.prefill(tokens, cache, steer)
-    while True:
-        logits = decoder.logits(x)[:, -1]
-        for i in (~logits.isfinite().all(-1)).nonzero()[:, 0].tolist():
-            if not rows[i].done:
-                raise ValueError(
-                    f"logits became NaN or infinite in {x.dtype}: lower the weights of the "
-                    "edits, or load the model in bfloat16 or float32"
-                )
-        chosen = pick(logits)
-        for i, token in enumerate(chosen.tolist()):
-            if not rows[i].done and (piece := rows[i].push(token)):
-                yield i, piece
-        if all(row.done for row in rows):
-            return
-        x = decoder(chosen[:, None], cache, steer)
+    limits = [row.limit for row in rows]
+    stop_ids = frozenset().union(*(row.stop_ids for row in rows))
+    with steps.take(len(prompts), tokens.shape[1] + max(limits), graph) as step:
+        step.begin(tokens, start, limits, stop_ids, edits(0), sampler, fused)
+        for chosen in tokens_of(step, max(limits), edits):
+            for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+                if row.done:
+                    continue
+                if token == BROKEN:
+                    raise ValueError(
+                        f"logits became NaN or infinite in {steps.decoder.embed.weight.dtype}: "
+                        "lower the weights of the edits, or load the model in bfloat16 or float32"
+                    )
+                if piece := row.push(token):
+                    yield i, piece
+                if row.done:
+                    step.end(i)
+            if all(row.done for row in rows):
+                return
+
+
+def tokens_of(
+    step: Step, n_tokens: int, edits: Callable[[int], Sequence[Sequence[Edit]]]
+) -> Iterator[list[int]]:
+    """What each step chose. On a GPU the step after it is on its way before that is read."""
+    waiting = deque([step.read()])
+    for n in range(1, n_tokens):
+        if len(waiting) > step.lag:
+            yield waiting.popleft()()
+        step.steer(edits(n))
+        step()
+        waiting.append(step.read())
+    for read in waiting:
+        yield read()

@@ -12,8 +12,9 @@ from tinysteer.config import Config
 from tinysteer.edits import Edit
 from tinysteer.explanation import Explanation, explain
 from tinysteer.model import CHUNK, Cache, Decoder, Recorder
-from tinysteer.sampling import Sampler, greedy
-from tinysteer.steering import Steer, check_fit, per_row, seam
+from tinysteer.sampling import Sampler
+from tinysteer.steering import Changing, Steer, changes, check_fit, per_row, seam
+from tinysteer.stepping import Steps
 from tinysteer.streaming import TextStream
 from tinysteer.tokenizer import Prompt, Tokenizer
 
@@ -22,11 +23,14 @@ class LanguageModel:
     """A language model that can be steered. Nothing of a call stays behind in it.
 
     Steering is an argument of every method. `steer` takes edits made by the verbs of
-    `vector.at(layer)`: a list for all prompts, in order, or one list a prompt.
+    `vector.at(layer)`: a list for all prompts, in order, or one list a prompt. `complete` and
+    `stream` also take a function of the number of tokens chosen so far that returns such lists, so
+    that edits may change while a text is made.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, name: str = "", revision: str = ""):
         self.decoder, self.tokenizer, self.name = decoder, tokenizer, name
+        self.steps = Steps(decoder)
         self.revision = revision  # a commit of the Hub; of an embedded model its weights' digest
 
     @property
@@ -46,7 +50,7 @@ class LanguageModel:
         return f"<{self.name}: {c.family}, {c.n_layers} layers of width {c.dim}, {dtype}>"
 
     def complete(
-        self, prompts: str | Sequence[Prompt], steer: Steer = None, **options
+        self, prompts: str | Sequence[Prompt], steer: Steer | Changing = None, **options
     ) -> list[str]:
         """The model's answers: one string a prompt, in order, without prompt or special tokens.
 
@@ -63,26 +67,36 @@ class LanguageModel:
         return texts
 
     @overload
-    def stream(self, prompts: str, steer: Steer = None, **options) -> Iterator[str]: ...
+    def stream(self, prompts: str, steer: Steer | Changing = None, **options) -> Iterator[str]: ...
     @overload
     def stream(
-        self, prompts: Sequence[Prompt], steer: Steer = None, **options
+        self, prompts: Sequence[Prompt], steer: Steer | Changing = None, **options
     ) -> Iterator[tuple[int, str]]: ...
     def stream(self, prompts, steer=None, **options):
-        """The same piece by piece: text for one string, (index, text) for a list of prompts."""
+        """The same piece by piece: text for one string, (index, text) for a list of prompts.
+
+        A function given as `steer` is asked before each step, and at 0 for the prompts and the
+        first token. On a GPU a step is under way while the token before it is read: what changes
+        after a piece has come acts from the token after the next.
+        """
         if isinstance(prompts, str):
             return (piece for _, piece in self.stream([prompts], steer, **options))
         if not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
         options = generation.Options(**options)
         ids = [self.tokenizer.ids(prompt, options.chat) for prompt in prompts]
-        edits = self._edits(steer, len(ids))
+        rows = [self._edits(steer(0) if changes(steer) else steer, len(ids))]
         limits = options.per_prompt("max_new_tokens", len(ids))
         seeds = options.per_prompt("seed", len(ids))
         generation.check_lengths(ids, limits, self.config.context_length)
+
+        def edits(n: int) -> list[list[Edit]]:
+            if not changes(steer):
+                return rows[0]
+            return rows.pop() if rows else self._edits(steer(n), len(ids))
+
         return self._stream(ids, edits, limits, seeds, options)
 
-    @torch.inference_mode()
     def _stream(self, ids, edits, limits, seeds, options) -> Iterator[tuple[int, str]]:
         stop = options.stop_strings + (self.tokenizer.stop_strings if options.chat else ())
         # Prompts of like length share a batch; rows that may not get a token need none.
@@ -90,21 +104,30 @@ class LanguageModel:
         size = options.batch_size
         batches = [order[at : at + size] for at in range(0, len(order), size)]
         for batch in tqdm(batches, "batches", leave=False, disable=None if batches[1:] else True):
-            pick = greedy
+            sampler = None
             if options.temperature:
-                pick = Sampler(
+                sampler = Sampler(
                     [seeds[i] for i in batch],
+                    max(limits[i] for i in batch),
                     options.temperature,
                     options.top_k,
                     options.top_p,
                     options.min_p,
+                    self.device,
                 )
-            rows = [
+            streams = [
                 TextStream(self.tokenizer.decode, limits[i], self.tokenizer.stop_ids, stop)
                 for i in batch
             ]
-            steer = seam([edits[i] for i in batch], self.device)
-            pieces = generation.decode(self.decoder, [ids[i] for i in batch], rows, steer, pick)
+            pieces = generation.decode(
+                self.steps,
+                [ids[i] for i in batch],
+                streams,
+                lambda n, batch=batch: [edits(n)[i] for i in batch],
+                sampler,
+                graph=options.graph,
+                fused=options.fused,
+            )
             for row, piece in pieces:
                 yield batch[row], piece
 

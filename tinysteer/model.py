@@ -6,24 +6,18 @@ D  model width    H  query heads       G  key/value heads
 Layer L is the residual stream after block L, counted from 0.
 """
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels import PADDING, add_steer_norm, rms_norm
+from tinysteer_kernels import PADDING, View, add_steer_norm, attend, gated, rms_norm
 from torch import Tensor, nn
 
 from tinysteer.config import Config, Layer
-from tinysteer.rope import rotate
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
 CHUNK = 512  # positions run at once: bounds the mask and the scores of a long prompt
 
 
@@ -44,10 +38,14 @@ class Norms(NamedTuple):
     next: RMSNorm  # of the sum, for what reads it
 
 
+def weight(norm: nn.Module) -> Tensor | None:
+    """A norm's weight; an identity has none."""
+    return getattr(norm, "weight", None)
+
+
 def add(x: Tensor, delta: Tensor, norms: Norms, **steering) -> tuple[Tensor, Tensor]:
     """x (B, T, D) + norms.post(delta), edited if `steering` says so, and norms.next of it."""
-    post_weight, norm = getattr(norms.post, "weight", None), norms.next
-    traits = {"offset": norm.offset, "post_weight": post_weight}
+    norm, traits = norms.next, {"offset": norms.next.offset, "post_weight": weight(norms.post)}
     return add_steer_norm(x, delta, norm.weight, norm.eps, **traits, **steering)
 
 
@@ -100,26 +98,21 @@ class Fused(Linear):
         super().__init__(dim, sum(parts), bias=bias)
         self.parts = parts
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(x).split(self.parts, dim=-1)
-
-
-@dataclass(frozen=True)
-class View:
-    """What one kind of layer sees in one forward: its rope's tables and its mask."""
-
-    cos: Tensor  # (B, 1, T, R)
-    sin: Tensor
-    mask: Tensor  # (B, 1, T, S) bool, True where a query sees a key
-
 
 class Cache:
     """Keys and values of `length` columns, and where each row's text lies in them.
 
     Rows are padded on the left: row b's text begins at column start[b] (B,), and every prompt
-    ends before column `prompt`. `end` columns are filled. room (B,) says how many positions each
-    row will have at most; default all columns from its start.
+    ends before column `prompt`. room (B,) says how many positions each row will have at most;
+    default all columns from its start.
+
+    What changes from step to step is in tensors, so that a captured step goes on from there, and
+    `begin` makes them ready for another batch. Attention may look at the columns up to the last
+    filled one, by blocks of BLOCK; where a step is captured that is `fixed`, and they are all. A
+    row that starts behind its query holds nothing: it neither sees nor changes anything.
     """
+
+    BLOCK = 64
 
     def __init__(
         self,
@@ -130,80 +123,90 @@ class Cache:
         room: Tensor | None = None,
     ):
         config, weight = decoder.config, decoder.embed.weight
-        shape = (config.n_layers, len(start), config.n_kv_heads, length, config.head_dim)
+        B, device = len(start), weight.device
+        shape = (config.n_layers, B, config.n_kv_heads, length, config.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        self.start, self.prompt, self.end = start.to(weight.device), prompt, 0
-        room = (length - start if room is None else room).to(weight.device)
-        ropes = {layer.rope for layer in config.layers}
-        self.sets = {rope: rope.choose(room)[:, None] for rope in ropes}  # (B, 1)
+        self.kinds, self.length = set(config.layers), length
         self.tables = {
-            rope: [table.to(weight.device, weight.dtype) for table in rope.tables(length)]
-            for rope in ropes
+            rope: [table.to(device, weight.dtype) for table in rope.tables(length)]
+            for rope in {layer.rope for layer in config.layers}
         }
-        self.kinds = set(config.layers)
+        with torch.device(device):
+            self.start = torch.zeros(B, dtype=torch.long)
+            self.column, self.prompt = torch.zeros(2, 1, dtype=torch.long)  # column: the next
+            self.sets = {rope: torch.zeros(B, 1, dtype=torch.long) for rope in self.tables}
+        self._place(start, prompt, room)
+
+    def begin(self, start: Tensor, prompt: int, room: Tensor | None = None) -> None:
+        """Forget all, for as many rows that start elsewhere."""
+        self.k.zero_()  # what is hidden still counts where it is no number: 0 x NaN
+        self.v.zero_()
+        self._place(start, prompt, room)
+
+    def _place(self, start: Tensor, prompt: int, room: Tensor | None) -> None:
+        room = self.length - start if room is None else room
+        self.filled, self.fixed = 0, False
+        self.start.copy_(start)
+        self.column.zero_()
+        self.prompt.fill_(prompt)
+        for rope, sets in self.sets.items():
+            sets.copy_(rope.choose(room)[:, None])
+
+    def part(self, n_rows: int) -> "Cache":
+        """The first rows, in the same memory."""
+        part = copy.copy(self)
+        part.k, part.v, part.start = self.k[:, :n_rows], self.v[:, :n_rows], self.start[:n_rows]
+        part.sets = {rope: sets[:n_rows] for rope, sets in self.sets.items()}
+        return part
 
     def advance(self, T: int) -> tuple[dict[Layer, View], Tensor]:
         """Make room for T columns: each kind of layer's view, and the positions (B, T)."""
-        assert self.end + T <= self.k.shape[3], f"{self.end} + {T} columns > {self.k.shape[3]}"
-        self.end += T
-        key = torch.arange(self.end, device=self.start.device)
-        query, start = key[-T:, None], self.start[:, None, None]  # (T, 1), (B, 1, 1)
-        # A padding query sees itself: a row of nothing but -inf would turn into NaN.
-        seen = ((key <= query) & (key >= start)) | (key == query)  # (B, T, S)
-        place = query.T - self.start[:, None]  # (B, T) within the row's own text
-        views = {}
-        for kind in self.kinds:
-            at = self.sets[kind.rope], place.clamp(min=0)
-            cos, sin = (table[at][:, None] for table in self.tables[kind.rope])
-            mask = seen if kind.window is None else seen & (key > query - kind.window)
-            views[kind] = View(cos, sin, mask[:, None])
-        position = (query.T - (self.prompt - 1)).expand(len(self.start), T)
+        reach = self.length
+        if not self.fixed:
+            self.filled += T
+            assert self.filled <= self.length, f"{self.filled} columns > {self.length}"
+            reach = min(-(-self.filled // self.BLOCK) * self.BLOCK, self.length)
+        query = self.column + torch.arange(T, device=self.column.device)
+        self.column += T
+        place = query - self.start[:, None]  # (B, T) within the row's own text
+        turns = {
+            rope: [table[sets, place.clamp(min=0)][:, None] for table in self.tables[rope]]
+            for rope, sets in self.sets.items()
+        }
+        views = {
+            kind: View(*turns[kind.rope], query, self.start, reach, kind.window)
+            for kind in self.kinds
+        }
+        position = (query - (self.prompt - 1)).expand(place.shape)
         return views, position.where(place >= 0, PADDING).to(torch.int32)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, G, T, head_dim), the newest columns -> all filled ones (B, G, S, head_dim)."""
-        new = slice(self.end - k.shape[2], self.end)
-        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
-        return self.k[layer, :, :, : self.end], self.v[layer, :, :, : self.end]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """q (B, H, T, head_dim); k, v (B, G, S, head_dim) -> (B, H, T, head_dim)."""
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
-
-
-def attend_capped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float
-) -> Tensor:
-    """The same with scores soft-capped, which PyTorch's attention cannot do."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = cap * torch.tanh(q @ k.mT * scale / cap)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each (B, G, length, head_dim)."""
+        return self.k[layer], self.v[layer]
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer = layer
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.qkv = Fused(config.dim, (q, kv, kv), bias=config.attn_bias)
         self.out = Linear(q, config.dim, bias=config.attn_bias)
         norm = partial(RMSNorm, config.head_dim, config) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
-        self.scale = config.attn_scale or config.head_dim**-0.5
-        cap = config.attn_cap
-        self.attend = partial(attend_capped, cap=cap) if cap else attend
+        self.attend = partial(
+            attend,
+            scale=config.attn_scale or config.head_dim**-0.5,
+            cap=config.attn_cap,
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+        )
 
     def forward(self, x: Tensor, view: View, cache: Cache) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (y.view(heads).transpose(1, 2) for y in self.qkv(x))
-        q = rotate(self.q_norm(q), view.cos, view.sin)
-        k = rotate(self.k_norm(k), view.cos, view.sin)
-        k, v = cache.append(self.layer, k, v)
-        y = self.attend(q, k, v, view.mask, self.scale)
-        return self.out(y.transpose(1, 2).flatten(2))
+        """x (B, T, D) -> (B, T, D); the cache takes in its keys and values."""
+        k, v = cache.layer(self.layer)
+        norms = {"q_weight": weight(self.q_norm), "k_weight": weight(self.k_norm)}
+        return self.out(self.attend(self.qkv(x), k, v, view, **norms))
 
 
 class MLP(nn.Module):
@@ -211,11 +214,10 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up = Fused(config.dim, (config.hidden_dim,) * 2, bias=config.mlp_bias)
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x)
-        return self.down(self.activation(gate) * up)
+        return self.down(gated(self.gate_up(x), self.activation))
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the frequencies of every scaling scheme, tables, rotation.
+"""Rotary position embeddings: the frequencies of every scaling scheme, and tables of them.
 
 S  positions     R  rotated dimensions of a head, paired (i, i + R/2); the rest pass through
 """
@@ -35,7 +35,7 @@ class Rope:
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin of positions 0 .. length - 1, each (sets, length, R) float32.
 
-        The first half of sin is negated, which is half of a rotation's work: see `rotate`.
+        The first half of sin is negated, which is half of a rotation's work: see `attend`.
         """
         angles = torch.arange(length)[:, None] * SCHEMES[self.scheme](self)[:, None]
         cos, sin = angles.cos() * self.table_scale, angles.sin() * self.table_scale
@@ -75,14 +75,3 @@ def longrope(rope: Rope) -> Tensor:
 
 
 SCHEMES = {"default": default, "linear": linear, "llama3": llama3, "longrope": longrope}
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, head_dim); cos, sin (B, 1, T, R) from `tables` -> x, R dimensions turned.
-
-    A pair (a, b) becomes (a cos - b sin, b cos + a sin).
-    """
-    R = cos.shape[-1]
-    turned = x[..., :R]
-    turned = turned * cos + turned.roll(R // 2, dims=-1) * sin
-    return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), dim=-1)

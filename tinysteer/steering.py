@@ -2,17 +2,25 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import tinysteer_kernels as kernels
 import torch
 from torch import Tensor
 
+from tinysteer.config import Config
 from tinysteer.edits import Direction, Edit, Origin
 from tinysteer.model import Norms, Seam, add, unsteered
 from tinysteer.vectors import SteeringVector
 
 Steer = Sequence[Edit] | Sequence[Sequence[Edit]] | Edit | None
+Changing = Callable[[int], Steer]  # the number of tokens chosen so far -> edits for the next
+
+
+def changes(steer: Steer | Changing) -> bool:
+    """Whether to ask for edits at each step. A verb that was not called is no such wish."""
+    return callable(steer) and not isinstance(getattr(steer, "__self__", None), Direction)
 
 
 def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
@@ -89,20 +97,28 @@ def levels_up() -> int:
 
 
 class Steering:
-    """The edits of a batch, ready to be a decoder's seam."""
+    """The edits of a batch, ready to be a decoder's seam: tables of the layers that have any."""
 
-    def __init__(self, rows: Sequence[Sequence[Edit]], device: torch.device | str = "cpu"):
+    bank: Tensor  # (N, D) float32, the directions that the tables name
+    tables: dict[int, kernels.Edits]
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Edit]],
+        device: torch.device | str = "cpu",
+        capacity: int = 0,
+    ):
         edits = [edit for row in rows for edit in row]
         unique = {id(edit.direction): edit.direction for edit in edits}
         index = {key: i for i, key in enumerate(unique)}
         self.bank = torch.stack([u.float() for u in unique.values()] or [torch.zeros(0)]).to(device)
-        self.tables: dict[int, kernels.Edits] = {}
+        self.tables = {}
         for layer in {edit.layer for edit in edits}:
             moves = [
                 [e.move._replace(index=index[id(e.direction)]) for e in row if e.layer == layer]
                 for row in rows
             ]
-            self.tables[layer] = kernels.compile_edits(self.bank, moves)
+            self.tables[layer] = kernels.compile_edits(self.bank, moves, capacity)
 
     def __call__(
         self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
@@ -111,6 +127,48 @@ class Steering:
             return add(x, delta, norms)
         tables = self.tables[layer]
         return add(x, delta, norms, bank=self.bank, edits=tables, position=position)
+
+
+class Fixed(Steering):
+    """Steering whose tables keep their sizes and places: every layer's, for a captured step."""
+
+    def __init__(
+        self,
+        config: Config,
+        n_rows: int,
+        capacity: int,
+        n_directions: int,
+        device: torch.device | str,
+    ):
+        self.bank = torch.zeros(n_directions, config.dim, device=device)
+        self.blank = kernels.compile_edits(self.bank[:0].cpu(), [[]] * n_rows, capacity)
+        self.stack = kernels.Edits(
+            *(torch.stack([table] * config.n_layers).to(device) for table in self.blank)
+        )
+        layers = range(config.n_layers)
+        self.tables = {L: kernels.Edits(*(table[L] for table in self.stack)) for L in layers}
+
+    def copy_(self, other: Steering) -> "Fixed":
+        """Take other's edits: of as many rows and the same capacity, made on the host."""
+        each = [other.tables.get(L, self.blank) for L in self.tables]
+        for mine, *theirs in zip(self.stack, *each, strict=True):
+            mine.copy_(torch.stack(theirs), non_blocking=True)
+        self.bank[: len(other.bank)].copy_(other.bank, non_blocking=True)
+        return self
+
+    def part(self, n_rows: int) -> Steering:
+        """The edits of the first rows, in the same tables."""
+        part = Steering([], self.bank.device)
+        part.bank = self.bank
+        part.tables = {
+            L: kernels.Edits(*(x[:n_rows] for x in table)) for L, table in self.tables.items()
+        }
+        return part
+
+
+def depth(rows: Sequence[Sequence[Edit]]) -> int:
+    """How many edits a row has at one layer, at most."""
+    return max((n for row in rows for n in Counter(e.layer for e in row).values()), default=0)
 
 
 def seam(rows: Sequence[Sequence[Edit]], device: torch.device | str = "cpu") -> Seam:

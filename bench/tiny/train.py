@@ -17,7 +17,8 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import corpus
@@ -162,6 +163,17 @@ def batches(tokenizer, stage: str, seed: int) -> Iterator[tuple[Tensor, Tensor, 
             yield tokens[:, :-1], targets[:, 1:], hidden[:, :-1]
 
 
+@dataclass(frozen=True)
+class Hiding(View):
+    """A view in which `shown` (B, 1, T, T) is all that can be seen."""
+
+    shown: Tensor | None = None
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return View.mask.func(self) & self.shown
+
+
 class Training(Cache):
     """A cache that keeps nothing, so that gradients reach the keys, and hides what is hidden."""
 
@@ -173,11 +185,10 @@ class Training(Cache):
 
     def advance(self, T: int) -> tuple[dict[Layer, View], Tensor]:
         views, position = super().advance(T)
-        shown = {k: replace(view, mask=view.mask & self.shown) for k, view in views.items()}
-        return shown, position
+        return {k: Hiding(**vars(view), shown=self.shown) for k, view in views.items()}, position
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k, v
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(self.k[layer]), torch.zeros_like(self.v[layer])
 
 
 def loss_of(decoder: Decoder, tokens: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:

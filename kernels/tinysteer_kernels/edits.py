@@ -13,13 +13,12 @@ direction it names.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
 
 from .checks import check_edits, check_stream
-from .devices import HAS_TRITON, tl, triton
+from .devices import as_is, as_op, serves, tl, triton
 from .tables import PADDING, Edits
 
 MAX_D = 16384  # a program holds whole positions in registers
@@ -220,7 +219,7 @@ def steer(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None = None)
 @torch.library.custom_op(f"{__package__}::steer", mutates_args=("x",))
 def op(x: Tensor, bank: Tensor, edits: Sequence[Tensor], position: Tensor | None) -> None:
     with as_is(x):
-        (launch if serves(x) else formula)(x, bank, Edits(*edits), position)
+        (launch if fits(x) else formula)(x, bank, Edits(*edits), position)
 
 
 @op.register_fake
@@ -248,30 +247,9 @@ def launch(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> No
     )
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the kernels can run on x; the formulas always can."""
-    return x.is_cuda and HAS_TRITON and x.shape[-1] <= MAX_D
-
-
-def as_op(*tensors: Tensor) -> bool:
-    """Whether to go through PyTorch's dispatcher, for a GPU or a graph.
-
-    On a CPU that costs half as much as the work. Where a gradient is wanted the formula serves,
-    which autograd can follow, on any device.
-    """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return tensors[0].is_cuda or torch.compiler.is_compiling()
-
-
-def as_is(x: Tensor) -> AbstractContextManager:
-    """In it a launch goes to x's own device, and autocast keeps away from sums in float32."""
-    stack = ExitStack()
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device_of(x))
-    if torch.is_autocast_enabled(x.device.type):
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
-    return stack
+def fits(x: Tensor) -> bool:
+    """Whether the kernels can run on x, whose positions they hold whole."""
+    return serves(x) and x.shape[-1] <= MAX_D
 
 
 def tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from . import edits as editing
 from .checks import check_edits, check_surroundings
-from .devices import tl, triton
-from .edits import acting, as_is, as_op, edited, place, positions, serves, tiling
+from .devices import as_is, as_op, tl, triton
+from .edits import acting, edited, fits, place, positions, tiling
 from .tables import PADDING, Edits
 
 # The formula.
@@ -170,7 +170,7 @@ def op(
     edits: Sequence[Tensor],
     position: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    tables, run = Edits(*edits) if edits else None, launch if serves(x) else formula
+    tables, run = Edits(*edits) if edits else None, launch if fits(x) else formula
     with as_is(x):
         return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
 
