@@ -38,9 +38,12 @@ class Tape(TorchDispatchMode):
 
     def __call__(self):
         for function, args, kwargs, results in self.calls:
-            if function.is_view:
-                continue
             again = function(*args, **kwargs)
             for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
+                if isinstance(old, torch.Tensor) and not same_memory(old, new):
                     old.copy_(new)
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether one is a view of the other, or of what both are views of."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -119,11 +119,16 @@ class LanguageModel:
                 TextStream(self.tokenizer.decode, limits[i], self.tokenizer.stop_ids, stop)
                 for i in batch
             ]
+
+            def of_batch(n: int, batch: list[int] = batch) -> list[list[Edit]]:
+                rows = edits(n)
+                return [rows[i] for i in batch]
+
             pieces = generation.decode(
                 self.steps,
                 [ids[i] for i in batch],
                 streams,
-                lambda n, batch=batch: [edits(n)[i] for i in batch],
+                of_batch,
                 sampler,
                 graph=options.graph,
                 fused=options.fused,

@@ -133,7 +133,7 @@ class Cache:
         }
         with torch.device(device):
             self.start = torch.zeros(B, dtype=torch.long)
-            self.column, self.prompt = torch.zeros(2, 1, dtype=torch.long)  # column: the next
+            self.column, self.last = torch.zeros(2, 1, dtype=torch.long)  # next; of the prompts
             self.sets = {rope: torch.zeros(B, 1, dtype=torch.long) for rope in self.tables}
         self._place(start, prompt, room)
 
@@ -148,7 +148,7 @@ class Cache:
         self.filled, self.fixed = 0, False
         self.start.copy_(start)
         self.column.zero_()
-        self.prompt.fill_(prompt)
+        self.last.fill_(prompt - 1)
         for rope, sets in self.sets.items():
             sets.copy_(rope.choose(room)[:, None])
 
@@ -169,16 +169,17 @@ class Cache:
         query = self.column + torch.arange(T, device=self.column.device)
         self.column += T
         place = query - self.start[:, None]  # (B, T) within the row's own text
+        at = place.clamp(min=0)
         turns = {
-            rope: [table[sets, place.clamp(min=0)][:, None] for table in self.tables[rope]]
+            rope: [table[sets, at][:, None] for table in self.tables[rope]]
             for rope, sets in self.sets.items()
         }
         views = {
             kind: View(*turns[kind.rope], query, self.start, reach, kind.window)
             for kind in self.kinds
         }
-        position = (query - (self.prompt - 1)).expand(place.shape)
-        return views, position.where(place >= 0, PADDING).to(torch.int32)
+        position = (query - self.last).expand(place.shape)
+        return views, position.masked_fill(place < 0, PADDING).to(torch.int32)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each (B, G, length, head_dim)."""

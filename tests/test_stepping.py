@@ -1,0 +1,346 @@
+"""A decode step as a GPU captures it, on any machine: its tape, played again, is the simple path."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from checkpoints import VARIANTS
+from dispatch import Calls, Tape
+from tinysteer_kernels import PADDING, attention, edits, fusing, gating, residual
+from tinysteer_kernels.devices import HAS_TRITON
+
+import tinysteer as ts
+from tinysteer import stepping
+from tinysteer.model import Cache, Decoder
+from tinysteer.steering import seam
+from tinysteer.stepping import Step, Steps, rounded_rows
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
+PROMPTS = ["short", "a somewhat longer prompt", "x", "and one more of them", "last"]
+LIMITS = [16, 9, 12, 1, 16]
+
+
+@pytest.fixture
+def taped(model):
+    """A model whose steps are captured, on tapes."""
+    return on_tape(model)
+
+
+def on_tape(model):
+    model.steps = Steps(model.decoder, capture=Tape)
+    return model
+
+
+def vectors(model, n=3):
+    torch.manual_seed(0)
+    shape = model.config.n_layers, model.config.dim
+    return [ts.SteeringVector.from_means(torch.randn(shape), torch.zeros(shape)) for _ in range(n)]
+
+
+def mixed(model, weight=6.0) -> list[list]:
+    """A list of edits for each prompt: none, one, several at a layer, every layer, all verbs."""
+    a, b, c = vectors(model)
+    weight *= model.config.embed_scale
+    layers = range(model.config.n_layers)
+    return [
+        [],
+        [a.at(1).add(weight)],
+        [a.at(2).to_target(target=3.0), b.at(2).add(-weight), c.at(2).at_least(target=1.0)],
+        [b.at(L).add(weight / 4, where="generation") for L in layers],
+        [c.at(L).ablate(where=(1, 5)) for L in layers] + [a.at(0).at_most(target=0.5)] * 5,
+    ]
+
+
+def complete(model, steer=None, prompts=PROMPTS, **options):
+    settings = {"chat": False, "max_new_tokens": LIMITS[: len(prompts)]} | options
+    return model.complete(prompts, steer, **settings)
+
+
+def test_a_captured_step_gives_the_texts_of_the_simple_path(pair):
+    ours, _ = pair
+    steer = mixed(ours)
+    plain, steered = complete(ours), complete(ours, steer)
+    on_tape(ours)
+    assert complete(ours) == plain
+    assert complete(ours, steer) == steered
+    assert ours.steps.captured == 2
+    assert sum(a != b for a, b in zip(plain, steered, strict=True)) >= 1
+
+
+def test_whatever_changes_the_graphs_stay(taped):
+    """Prompts, edits, layers, weights, limits, seeds: none of them asks for another graph."""
+    a, b, _ = vectors(taped)
+    calls = [
+        (mixed(taped), {}),
+        (mixed(taped, -3.0)[::-1], {}),
+        ([a.at(3).add(1.0)], {"prompts": PROMPTS[::-1]}),
+        ([b.at(L).to_target(target=2.0) for L in range(4)], {"max_new_tokens": 3}),
+    ]
+    texts = [complete(taped, steer, **options) for steer, options in calls]
+    assert taped.steps.captured == 2  # five edits of one row ask for wider tables than three do
+    for (steer, options), text in zip(calls, texts, strict=True):
+        assert complete(taped, steer, graph=False, **options) == text
+    assert len({*map(tuple, texts)}) == 4
+
+
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 9, "top_p": 0.9}], ids=["whole", "cut"])
+def test_a_captured_step_draws_as_the_simple_path_does(taped, cuts):
+    options = {"temperature": 1.5, "seed": [3, 1, 4, 1, 5]} | cuts
+    text = complete(taped, **options)
+    assert text == complete(taped, graph=False, **options)
+    captured = taped.steps.captured
+    options |= {"temperature": 0.7, "seed": 2}
+    assert complete(taped, **options) == complete(taped, graph=False, **options) != text
+    assert taped.steps.captured == captured
+
+
+def test_stop_ids_end_rows_on_the_device_and_in_the_text_alike(taped):
+    stream = complete(taped, graph=False)[1]
+    for character in {*stream[2:7]}:
+        taped.tokenizer.stop_ids = frozenset(taped.tokenizer.vocabulary.encode(character).ids[1:])
+        assert complete(taped) == complete(taped, graph=False)
+    assert taped.steps.captured == 1
+
+
+def test_a_row_that_is_done_is_padding_from_then_on(model):
+    step = Step(model.decoder, 3, 40)
+    tokens, start = torch.randint(3, 200, (3, 6)), torch.tensor([0, 2, 5])
+    step.begin(tokens, start, [1, 3, 4], edits=[[], [], []])
+    seen, read = [], [step.read()()]
+    for _ in range(3):
+        seen.append(step.cache.start.clone())
+        step()
+        read.append(step.read()())
+    ids = torch.tensor(read).T
+    assert (ids >= 0).tolist() == [[n < limit for n in range(4)] for limit in (1, 3, 4)]
+    assert (ids[ids < 0] == stepping.NOTHING).all()
+    assert [at.tolist() for at in seen] == [[40, 2, 5], [40, 2, 5], [40, 40, 5]]
+    assert step.cache.start.tolist() == [40, 40, 40]
+    _, position = step.cache.advance(1)
+    assert position[:, 0].tolist() == [PADDING] * 3
+
+
+def test_a_row_ended_by_the_host_stops_on_the_device(model):
+    step = Step(model.decoder, 2, 40)
+    step.begin(torch.randint(3, 200, (2, 6)), torch.tensor([0, 2]), [9, 9], edits=[[], []])
+    step.end(1)
+    step()
+    assert [token >= 0 for token in step.read()()] == [True, False]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_reading_late_changes_no_text(model, monkeypatch, lag):
+    text, steer = complete(model, stop="a"), mixed(model)
+    steered = complete(model, steer, stop="a")
+
+    class Late(Step):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.lag = lag
+
+    monkeypatch.setattr(stepping, "Step", Late)
+    assert complete(model, stop="a") == text
+    assert complete(model, steer, stop="a") == steered
+
+
+def test_with_a_lag_a_step_is_under_way_before_its_predecessor_is_read(model):
+    step, events = Step(model.decoder, 1, 40), []
+    step.lag = 1
+    step.begin(torch.tensor([[5, 6, 7]]), torch.tensor([0]), [4], edits=[[]])
+    run, read = step._run, step.read
+
+    def reading():
+        wait, n = read(), sum(event.startswith("read") for event in events)
+        events.append(f"read {n} asked")
+        return lambda: (events.append(f"read {n}"), wait())[1]
+
+    step._run = lambda: (events.append("run"), run())
+    step.read = reading
+    for _ in ts.generation.tokens_of(step, 3, lambda n: [[]]):
+        pass
+    waits = [e for e in events if e == "run" or (e.startswith("read") and "asked" not in e)]
+    assert waits[0] == "run" and len([e for e in waits if e == "run"]) == 2
+    assert waits.index("run") < 1 and waits.count("run") == 2
+
+
+def test_a_slider_acts_on_the_token_it_is_set_for(taped):
+    """On for the first three tokens is the window that ends before position 3."""
+    (v, *_), asked = vectors(taped), []
+
+    def slider(n):
+        asked.append(n)
+        return [v.at(1).add(8.0)] if n < 3 else []
+
+    for graph in (False, True):
+        asked.clear()
+        text = complete(taped, slider, max_new_tokens=12, graph=graph)
+        assert text == complete(taped, [v.at(1).add(8.0, where=(None, 3))], max_new_tokens=12)
+        assert asked == [*range(12)]
+    assert text != complete(taped) and text != complete(taped, [v.at(1).add(8.0)])
+
+
+def test_a_slider_of_weights_needs_one_graph(taped):
+    v, w, *_ = vectors(taped)
+    complete(taped, lambda n: [v.at(1 + n % 3).add(0.5 * n), w.at(2).to_target(target=float(n))])
+    assert taped.steps.captured == 1
+
+
+def test_a_slider_may_outgrow_its_tables(taped):
+    v, *_ = vectors(taped)
+    grow = lambda n: [v.at(1).add(0.3 * k) for k in range(n + 1)]  # noqa: E731
+    assert complete(taped, grow) == complete(taped, grow, graph=False)
+
+
+def test_a_slider_gives_each_prompt_its_own_in_every_batch(taped):
+    rows = mixed(taped)
+    text = complete(taped, rows, batch_size=2, graph=False)
+    assert complete(taped, lambda n: rows, batch_size=2) == text
+
+
+def test_what_a_slider_returns_is_checked_as_edits_are(model):
+    with pytest.raises(ValueError, match="steer takes"):
+        model.complete("x", lambda n: 3.0, chat=False, max_new_tokens=2)
+    verb = vectors(model)[0].at(1).add
+    with pytest.raises(ValueError, match=r"steer takes a list of edits.*not Direction\.add"):
+        model.complete("x", verb, chat=False, max_new_tokens=2)
+
+
+def test_streams_may_be_interleaved(taped):
+    a, b, _ = vectors(taped)
+    ways = [([a.at(1).add(6.0)], PROMPTS[0]), ([b.at(2).add(6.0)], PROMPTS[1])]
+    options = {"chat": False, "max_new_tokens": 10}
+    alone = [taped.complete(prompt, steer, graph=False, **options)[0] for steer, prompt in ways]
+    streams = [taped.stream(prompt, steer, **options) for steer, prompt in ways]
+    texts = ["", ""]
+    for _ in range(12):
+        for i, stream in enumerate(streams):
+            texts[i] += next(stream, "")
+    assert texts == alone
+    assert len(taped.steps.free) == 2
+
+
+def test_few_steps_are_kept_and_an_abandoned_one_comes_back(taped):
+    options = {"chat": False, "max_new_tokens": 8}
+    for n in (1, 2, 3, 5):
+        taped.complete(PROMPTS[:n], **options)
+    assert [step.rows for step in taped.steps.free] == [6, 3]
+    stream = taped.stream(PROMPTS[:3], **options)
+    next(stream)
+    assert [step.rows for step in taped.steps.free] == [6]
+    stream.close()
+    assert [step.rows for step in taped.steps.free] == [3, 6]
+
+
+def test_weights_that_moved_ask_for_new_graphs(taped):
+    text = complete(taped)
+    for parameter in taped.decoder.parameters():
+        parameter.data = parameter.data.clone()
+    assert complete(taped) == text
+    assert taped.steps.captured == 2
+
+
+def test_nothing_of_a_broken_batch_stays(taped):
+    a, *_ = vectors(taped)
+    text = complete(taped)
+    with pytest.raises(ValueError, match="NaN or infinite in torch.float32"):
+        complete(taped, [a.at(0).add(3.3e38, where=(2, 3))] * 9)
+    assert complete(taped) == text
+
+
+def test_rows_are_rounded_up_so_that_a_third_is_idle_at_most():
+    rounded = [rounded_rows(n) for n in range(1, 300)]
+    assert all(n <= r <= max(3 * n / 2, 2) for n, r in enumerate(rounded, 1))
+    assert rounded == sorted(rounded)
+    assert {*rounded} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384}
+
+
+class Sizes(Calls):
+    """Bytes of every tensor that is made."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.names[-1] = (self.names[-1], result.nbytes)
+        return result
+
+
+def test_a_step_allocates_nothing_that_grows(model):
+    step = Step(model.decoder, 2, Cache.BLOCK)
+    rows = mixed(model)[1:3]
+    step.begin(torch.randint(3, 200, (2, 6)), torch.tensor([0, 2]), [40, 40], edits=rows)
+    made = []
+    for _ in range(30):
+        with Sizes() as sizes:
+            step()
+        made.append(sizes.names)
+    assert all(names == made[0] for names in made)
+
+
+def on_a_gpu(monkeypatch):
+    """Have the ops called and the kernels launched, as on a GPU."""
+    for module in (attention, edits, gating, residual):
+        monkeypatch.setattr(module, "as_op", lambda *_: True, raising=False)
+        monkeypatch.setattr(module, "serves", lambda _: True, raising=False)
+    monkeypatch.setattr(residual, "fits", lambda _: True)
+
+
+@needs_triton
+@pytest.mark.parametrize("variant", ["llama: grouped heads", "phi3: longrope", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_the_kernels_give_the_logits_of_the_formulas(variant, checkpoint, monkeypatch):
+    """A padded batch, two steps after its prompt, every op launched, in Triton's interpreter."""
+    ours = ts.load(checkpoint(next(name for name in VARIANTS if variant in name))[0])
+    steer, start = seam(mixed(ours)[1:4]), torch.tensor([0, 2, 5])
+    tokens = torch.randint(3, 200, (3, 8), generator=torch.Generator().manual_seed(3))
+    ways = []
+    for kernels in (False, True):
+        cache = Cache(ours.decoder, start, 6, 12)
+        ours.decoder.prefill(tokens[:, :6], cache, steer)
+        if kernels:
+            on_a_gpu(monkeypatch)
+        steps = [ours.decoder(tokens[:, t : t + 1], cache, steer) for t in (6, 7)]
+        ways.append(ours.decoder.logits(torch.cat(steps, dim=1)))
+    torch.testing.assert_close(*ways, atol=2e-4, rtol=0)
+
+
+@needs_triton
+@torch.no_grad()
+def test_a_layer_is_nine_launches_at_most(pair, monkeypatch):
+    """An operation of PyTorch that makes no view is one; of our ops, attend may be two."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: None
+
+    ours, _ = pair
+    on_a_gpu(monkeypatch)
+    for module, name in (
+        (attention, "attend_kernel"),
+        (attention, "combine_kernel"),
+        (gating, "gated_kernel"),
+        (residual, "add_steer_norm_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Kernel())
+    steering = [v.at(L).add(1.0) for L in range(len(ours.config.layers)) for v in vectors(ours)]
+    counts = []
+    for n in (2, ours.config.n_layers):
+        layers = ours.config.layers[-1:] * n
+        decoder = Decoder(dataclasses.replace(ours.config, layers=layers)).requires_grad_(False)
+        cache = Cache(decoder, torch.zeros(1, dtype=torch.long), 1, 512)
+        steer = seam([[edit for edit in steering if edit.layer < n]])
+        with Calls() as calls:
+            decoder(torch.zeros(1, 1, dtype=torch.long), cache, steer)
+        counts.append(sum(map(launches, calls.names)))
+    assert 0 < (counts[1] - counts[0]) / (ours.config.n_layers - 2) <= 9
+
+
+def launches(name: str) -> int:
+    """How many kernels an operation is, by its name."""
+    views = "view|_unsafe_view|unsqueeze|reshape|select|slice|expand|detach|t|alias|empty|new_empty|unbind|linear"
+    return 2 if "attend" in name else int(not re.fullmatch(rf"aten\.({views})\.\w+", name))
+
+
+def test_formulas_can_be_asked_for():
+    with fusing(False):
+        assert not edits.serves(torch.zeros(1))
