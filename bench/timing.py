@@ -17,7 +17,7 @@ from common import environment
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
-REPLAYS = 100  # in each of two passes
+REPLAYS = 100  # in each of two passes, unless said
 WARM_UP = 0.3  # seconds: an idle card has lowered its clock
 SHORTEST, LONGEST = 2e3, 12e3  # a replay, in microseconds
 
@@ -38,6 +38,9 @@ class Graph:
         with torch.cuda.graph(self.graph):
             for i in range(n_calls):
                 self.outputs[i % len(sets)] = call(*sets[i % len(sets)])
+
+    def reset(self) -> None:
+        """What a replay needs beforehand, untimed: nothing."""
 
     def replay(self) -> None:
         self.graph.replay()
@@ -73,6 +76,7 @@ def replays(graphs: dict[str, Graph], n: int) -> dict[str, list[float]]:
     for _ in range(n):
         for name, graph in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.reset()
             start.record()
             graph.replay()
             end.record()
@@ -96,12 +100,12 @@ class Times(NamedTuple):
     high: float
 
 
-def measure(graphs: dict[str, Graph]) -> dict[str, Times]:
-    """Two passes over the graphs, and each one's difference to the first."""
+def measure(graphs: dict[str, Graph], n: int = REPLAYS) -> dict[str, Times]:
+    """Two passes of n replays of each graph, and each one's difference to the first."""
     begin = time.perf_counter()
     while time.perf_counter() < begin + WARM_UP:
         replays(graphs, 1)
-    first, second = replays(graphs, REPLAYS), replays(graphs, REPLAYS)
+    first, second = replays(graphs, n), replays(graphs, n)
     base = next(iter(graphs))
     return {
         name: Times(

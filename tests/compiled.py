@@ -55,18 +55,15 @@ VARIANTS = {
 }
 # rows, query heads, key heads, columns, head_dim, type, norms of the heads, cap of the scores
 ATTENTION = {
-    "attend, Llama 3.1": (64, 32, 8, 4096, 128, BF16, False, None),
-    "attend, Llama 3.1, shares": (1, 32, 8, 4096, 128, BF16, False, None),
-    "attend, Phi-3 mini": (64, 32, 32, 4096, 96, BF16, False, None),
+    "attend, Llama 3.1": (1, 32, 8, 4096, 128, BF16, False, None),
     "attend, Gemma 2": (64, 8, 4, 4096, 256, BF16, False, 50.0),
     "attend, Gemma 3": (1, 4, 1, 4096, 256, BF16, True, None),
-    "attend, SmolLM2": (8, 9, 3, 1024, 64, torch.float16, False, None),
-    "attend, float32": (1, 32, 8, 4096, 128, FP32, False, None),
+    "attend, Phi-3 mini": (64, 32, 32, 4096, 96, torch.float16, False, None),
+    "attend, float32": (1, 9, 3, 1024, 64, FP32, False, None),
 }
-COMBINING = {"combine, Llama 3.1": ATTENTION["attend, Llama 3.1, shares"]}
+COMBINING = {"combine, Llama 3.1": ATTENTION["attend, Llama 3.1"]}
 GATING = {  # activation, type
     "gated, silu": ("silu", BF16),
-    "gated, gelu": ("gelu", BF16),
     "gated, gelu_tanh": ("gelu_tanh", FP32),
 }
 
@@ -216,7 +213,9 @@ def main() -> None:
     launches |= {name: record_gating(*variant) for name, variant in GATING.items()}
     for name, recorder in launches.items():
         kernel, pointers = compile_as_launched(recorder, capability)
-        report[name] = machine_code(kernel) | {"loads": load_widths(kernel.asm["ptx"], pointers)}
+        ptx = kernel.asm["ptx"]
+        report[name] = machine_code(kernel) | {"loads": load_widths(ptx, pointers)}
+        report[name]["copies"] = sorted({*re.findall(r"cp\.async\.c\w.*\], (\w+)", ptx)})
     print(json.dumps(report))
 
 

@@ -15,18 +15,31 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here"
 
 
 @cache
-def report(capability: int) -> dict[str, dict]:
-    """By a process of its own: this one's kernels are interpreted."""
+def started() -> dict[int, subprocess.Popen]:
+    """All at once, by processes of their own: this one's kernels are interpreted."""
     script = Path(__file__).with_name("compiled.py")
-    run = subprocess.run(
-        [sys.executable, script, str(capability)],
-        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    settings = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return {
+        capability: subprocess.Popen(
+            [sys.executable, script, str(capability)], env=settings, **pipes
+        )
+        for capability in CAPABILITIES
+    }
+
+
+@cache
+def report(capability: int) -> dict[str, dict]:
+    """What `machine_code` and `load_widths` say of each variant."""
+    out, errors = started()[capability].communicate()
+    assert started()[capability].returncode == 0, errors
+    return json.loads(out)
+
+
+def steering(capability: int) -> dict[str, dict]:
+    """Of the kernels that edit."""
+    edit = ("steer", "fused")
+    return {name: code for name, code in report(capability).items() if name.startswith(edit)}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -37,12 +50,25 @@ def test_nothing_spills(capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_states_and_directions_are_loaded_128_bits_at_a_time(capability):
-    for name, code in report(capability).items():
+    for name, code in steering(capability).items():
         wide = {"x", "delta", "weight", "post_weight", "bank"} & set(code["loads"])
         assert "x" in wide
         assert ("bank" in wide) == ("no edits" not in name)
         for pointer in wide:
             assert list(code["loads"][pointer]) == ["128"], f"{pointer} of {name}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_keys_and_values_are_copied_16_bytes_at_a_time_while_others_are_used(capability):
+    codes = {n: c for n, c in report(capability).items() if n.startswith("attend")}
+    assert len(codes) == 5
+    assert all(code["copies"] == ["0x10"] for code in codes.values())
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_gates_are_loaded_128_bits_at_a_time(capability):
+    codes = {n: c for n, c in report(capability).items() if n.startswith("gated")}
+    assert [list(code["loads"]["x"]) for code in codes.values()] == [["128"]] * 2
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -55,7 +81,7 @@ def test_a_blocks_four_edits_come_in_one_load(capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_layouts_agree_so_that_only_reductions_wait(capability):
     """A reduction over D takes up to two barriers. Another type for the bank changes layouts."""
-    for name, code in report(capability).items():
+    for name, code in steering(capability).items():
         assert code["barriers"] <= 6 or "precise bank" in name, name
 
 
