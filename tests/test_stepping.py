@@ -1,4 +1,4 @@
-"""A decode step as a GPU captures it, on any machine: its tape, played again, is the simple path."""
+"""A decode step as a GPU captures it, on any machine: its tape played again is the simple path."""
 
 import dataclasses
 import re
@@ -144,24 +144,24 @@ def test_reading_late_changes_no_text(model, monkeypatch, lag):
     assert complete(model, steer, stop="a") == steered
 
 
-def test_with_a_lag_a_step_is_under_way_before_its_predecessor_is_read(model):
-    step, events = Step(model.decoder, 1, 40), []
-    step.lag = 1
-    step.begin(torch.tensor([[5, 6, 7]]), torch.tensor([0]), [4], edits=[[]])
-    run, read = step._run, step.read
+def test_with_a_lag_a_step_is_under_way_before_the_token_it_reads_is_read():
+    class Told:
+        lag, events = 1, ()
 
-    def reading():
-        wait, n = read(), sum(event.startswith("read") for event in events)
-        events.append(f"read {n} asked")
-        return lambda: (events.append(f"read {n}"), wait())[1]
+        def __call__(self):
+            self.events += ("step",)
 
-    step._run = lambda: (events.append("run"), run())
-    step.read = reading
-    for _ in ts.generation.tokens_of(step, 3, lambda n: [[]]):
-        pass
-    waits = [e for e in events if e == "run" or (e.startswith("read") and "asked" not in e)]
-    assert waits[0] == "run" and len([e for e in waits if e == "run"]) == 2
-    assert waits.index("run") < 1 and waits.count("run") == 2
+        def steer(self, edits):
+            self.events += (f"edits {edits}",)
+
+        def read(self):
+            n = self.events.count("step")
+            return lambda: setattr(self, "events", (*self.events, f"read {n}"))
+
+    told = Told()
+    assert len(list(ts.generation.tokens_of(told, 3, lambda n: n))) == 3
+    first, second = ("edits 1", "step"), ("edits 2", "step")
+    assert told.events == (*first, "read 0", *second, "read 1", "read 2")
 
 
 def test_a_slider_acts_on_the_token_it_is_set_for(taped):
@@ -177,7 +177,7 @@ def test_a_slider_acts_on_the_token_it_is_set_for(taped):
         text = complete(taped, slider, max_new_tokens=12, graph=graph)
         assert text == complete(taped, [v.at(1).add(8.0, where=(None, 3))], max_new_tokens=12)
         assert asked == [*range(12)]
-    assert text != complete(taped) and text != complete(taped, [v.at(1).add(8.0)])
+    assert text not in (complete(taped), complete(taped, [v.at(1).add(8.0)]))
 
 
 def test_a_slider_of_weights_needs_one_graph(taped):
@@ -243,7 +243,7 @@ def test_weights_that_moved_ask_for_new_graphs(taped):
 def test_nothing_of_a_broken_batch_stays(taped):
     a, *_ = vectors(taped)
     text = complete(taped)
-    with pytest.raises(ValueError, match="NaN or infinite in torch.float32"):
+    with pytest.raises(ValueError, match="NaN or infinite in"):
         complete(taped, [a.at(0).add(3.3e38, where=(2, 3))] * 9)
     assert complete(taped) == text
 
@@ -337,7 +337,7 @@ def test_a_layer_is_nine_launches_at_most(pair, monkeypatch):
 
 def launches(name: str) -> int:
     """How many kernels an operation is, by its name."""
-    views = "view|_unsafe_view|unsqueeze|reshape|select|slice|expand|detach|t|alias|empty|new_empty|unbind|linear"
+    views = "_unsafe_view|view|unsqueeze|select|slice|expand|split_with_sizes|t|unbind|new_empty"
     return 2 if "attend" in name else int(not re.fullmatch(rf"aten\.({views})\.\w+", name))
 
 

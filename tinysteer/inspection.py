@@ -1,10 +1,9 @@
 """What a vector file or a model holds, in words."""
 
-import torch
-
 from tinysteer.checkpoint import load_config
+from tinysteer.config import Config
+from tinysteer.footprint import footprint, n_parameters
 from tinysteer.hub import fetch
-from tinysteer.model import Decoder
 from tinysteer.tokenizer import Tokenizer
 from tinysteer.vectors import SteeringVector
 
@@ -24,8 +23,7 @@ def inspect_model(source: str, revision: str | None) -> str:
     """From its configuration and tokenizer alone: no weights are read or downloaded."""
     folder = fetch(source, revision, weights=False)
     c, tokenizer = load_config(folder), Tokenizer.load(folder)
-    with torch.device("meta"):
-        n_parameters = sum(p.numel() for p in Decoder(c).parameters())
+    n = n_parameters(c)
     cached = 2 * c.n_layers * c.n_kv_heads * c.head_dim  # numbers a token leaves in the cache
     windows = [layer.window for layer in c.layers]
     name = tokenizer.vocabulary.id_to_token
@@ -36,12 +34,24 @@ def inspect_model(source: str, revision: str | None) -> str:
         "vocabulary": f"{c.vocab_size}, head {'tied to the embedding' if c.tied else 'of its own'}",
         "context": f"{c.context_length} tokens"
         + "".join(f", {windows.count(w)} layers see {w}" for w in sorted({*windows} - {None})),
-        "parameters": f"{n_parameters / 1e6:,.1f} M, "
-        f"{2 * n_parameters / 1e6:,.0f} MB in bfloat16, {4 * n_parameters / 1e6:,.0f} in float32",
+        "parameters": f"{n / 1e6:,.1f} M, "
+        f"{2 * n / 1e6:,.0f} MB in bfloat16, {4 * n / 1e6:,.0f} in float32",
         "cache": f"{2 * cached / 1024:,.0f} KiB a token in bfloat16, "
         f"{4 * cached / 1024:,.0f} in float32",
         "prompts": "chat template" if tokenizer.template else "no chat template: Q: ... A:",
         "BOS": name(tokenizer.bos_id) if tokenizer.adds_bos else "none added",
         "stops at": ", ".join(name(i) or str(i) for i in sorted(tokenizer.stop_ids)) or "nothing",
     }
-    return "\n".join([f"{source}: model"] + [f"  {key}: {value}" for key, value in rows.items()])
+    lines = [f"{source}: model"] + [f"  {key}: {value}" for key, value in rows.items()]
+    return "\n".join([*lines, "", *memory_table(c)])
+
+
+def memory_table(config: Config) -> list[str]:
+    """Peak memory by rows and columns, as far as the model's context goes."""
+    columns = sorted({min(n, config.context_length) for n in (512, 4096, config.context_length)})
+    head = "".join(f"{f'{n:,} tokens':>16}" for n in columns)
+    lines = ["  MB at the peak, bfloat16, steered; a text is prompt and answer", f"   texts{head}"]
+    for rows in (1, 8, 32):
+        peaks = (footprint(config, rows, n).peak / 1e6 for n in columns)
+        lines.append(f"  {rows:>6}" + "".join(f"{peak:>16,.0f}" for peak in peaks))
+    return lines

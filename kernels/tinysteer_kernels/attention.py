@@ -79,6 +79,8 @@ def formula(
     k_cache.index_copy_(2, view.query, k)
     v_cache.index_copy_(2, view.query, v)
     k, v = k_cache[:, :, : view.reach], v_cache[:, :, : view.reach]
+    if cap is not None or q.is_cuda:  # grouped and masked, PyTorch's would hold all the scores
+        k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
     if cap is None:
         y = F.scaled_dot_product_attention(q, k, v, view.mask, scale=scale, enable_gqa=True)
     else:
@@ -99,9 +101,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def soft_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
-    """Attention whose scores stay within +-cap, which PyTorch's cannot do. Shapes as there."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    """Attention whose scores stay within +-cap, which PyTorch's cannot do. As many heads each."""
     scores = cap * torch.tanh(q @ k.mT * scale / cap)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
