@@ -1,12 +1,12 @@
-"""What decode.py and many_configs.py share: models' shapes, random weights and edits, whole texts.
+"""Random edits, a captured step at the end of a long text and replayed, and whole texts.
 
 B  rows     T  positions     D  model width     K  edits of a row at one layer
 
-Weights are drawn, so nothing is downloaded: each matrix by its width ** -0.5, so that what comes out
-is as large as what goes in, through all layers to the logits. An edit moves a row by 0.1 sqrt(D), or
-sets its projection to that: a few percent of a stream whose coordinates are about 1.
+An edit moves a row by 0.05 sqrt(D), or sets its projection to that: some percent of a stream whose
+coordinates are about 1, as those of shapes.py's models are.
 """
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,129 +16,13 @@ from torch import Tensor
 
 from tinysteer.config import Config
 from tinysteer.edits import Direction, Edit
-from tinysteer.families import read_config
 from tinysteer.generation import tokens_of
 from tinysteer.model import Decoder
-from tinysteer.stepping import Steps
+from tinysteer.stepping import BROKEN, Capture, Step, Steps
 
-LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-GEMMA2 = {
-    "model_type": "gemma2",
-    "vocab_size": 256_000,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 8192,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-    "hidden_activation": "gelu_pytorch_tanh",
-}
-
-
-def sizes(dim: int, hidden: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": dim,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-
-
-def rope(theta: float) -> dict:
-    return {"rope_type": "default", "rope_theta": theta}
-
-
-# What a config.json says. The last is DeepSeek-R1-Distill-Qwen-1.5B but for the biases of q, k, v.
-SHAPES = {
-    "Llama-3.1-8B": LLAMA
-    | sizes(4096, 14336, 32, 32, 8)
-    | {
-        "vocab_size": 128_256,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": LLAMA3_ROPE,
-    },
-    "Mistral-7B-v0.3": LLAMA
-    | sizes(4096, 14336, 32, 32, 8)
-    | {
-        "model_type": "mistral",
-        "vocab_size": 32_768,
-        "max_position_embeddings": 32_768,
-        "sliding_window": None,
-        "rope_parameters": rope(1e6),
-    },
-    "Phi-3-mini-4k": LLAMA
-    | sizes(3072, 8192, 32, 32, 32)
-    | {
-        "model_type": "phi3",
-        "vocab_size": 32_064,
-        "max_position_embeddings": 4096,
-        "sliding_window": 2047,
-        "rope_parameters": rope(1e4),
-    },
-    "Gemma-2-2B": GEMMA2 | sizes(2304, 9216, 26, 8, 4),
-    "Gemma-2-9B": GEMMA2 | sizes(3584, 14336, 42, 16, 8),
-    "SmolLM2-135M": LLAMA
-    | sizes(576, 1536, 30, 9, 3)
-    | {
-        "vocab_size": 49_152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "rope_parameters": rope(1e5),
-    },
-    "R1-Distill-1.5B": LLAMA
-    | sizes(1536, 8960, 28, 12, 2)
-    | {
-        "vocab_size": 151_936,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": rope(1e4),
-    },
-}
-
-
-def shrunk(shape: dict) -> dict:
-    """A shape with the same traits that a CPU runs in no time."""
-    small = sizes(48, 80, 2, 4, 2) | {"vocab_size": 211, "head_dim": 16}
-    return shape | small | ({"sliding_window": 24} if shape.get("sliding_window") else {})
-
-
-def draw(shape: dict, device: str, dtype: torch.dtype) -> Decoder:
-    """A decoder with random weights, made where it will run."""
-    config = read_config(shape)
-    with torch.device("meta"):
-        decoder = Decoder(config).requires_grad_(False)
-    decoder = decoder.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in decoder.parameters():
-        mean, std = 0.0, parameter.shape[-1] ** -0.5
-        if parameter.ndim == 1:  # a norm's
-            mean, std = 1 - config.norm_offset, 0.1
-        parameter.normal_(mean, std, generator=generator)
-    return decoder
-
-
-def weight_bytes(decoder: Decoder) -> int:
-    """What a step reads of the weights, by gpt-fast's count: all but an embedding that is no head."""
-    total = sum(parameter.nbytes for parameter in decoder.parameters())
-    return total if decoder.config.tied else total - decoder.embed.weight.nbytes
-
-
-def cache_bytes(decoder: Decoder, B: int, seen: float) -> float:
-    """What a step reads of the keys and values of B rows that see so many columns."""
-    config = decoder.config
-    columns = sum(min(seen, layer.window or seen) for layer in config.layers)
-    one = config.n_kv_heads * config.head_dim * decoder.embed.weight.itemsize
-    return 2 * B * columns * one
-
+STEPS = 8  # of a replay, at most: as many as last REPLAY
+REPLAY = 4e-3  # seconds
+ALIKE = 0.1  # idle tables may round a sum of squares otherwise: less than this, after all layers
 
 VERBS = {
     "adds": lambda direction, weight: direction.add(weight),
@@ -154,21 +38,145 @@ def random_edits(
 
     -> one of them for each row, in turn.
     """
-    config, device = decoder.config, decoder.embed.weight.device
+    D, device = decoder.config.dim, decoder.embed.weight.device
     generator = torch.Generator(device).manual_seed(n_lists + K)
-    shape = n_lists, len(layers), K, config.dim
-    u = torch.randn(shape, generator=generator, device=device)
+    u = torch.randn(n_lists, len(layers), K, D, generator=generator, device=device)
     u = (u / u.norm(dim=-1, keepdim=True)).cpu()
-    weight, make = 0.1 * config.dim**0.5, VERBS[verb]
+    weight, make = 0.05 * D**0.5, VERBS[verb]
     lists = [
         [
             make(Direction(layer, one, weight, weight, 0.0), weight)
             for layer, several in zip(layers, at_layers, strict=True)
             for one in several
         ]
-        for at_layers in (several.unbind() for several in u.unbind())
+        for at_layers in u
     ]
     return [lists[row % n_lists] for row in range(n_rows)]
+
+
+class Way(NamedTuple):
+    """How a step is steered."""
+
+    name: str
+    K: int = 0
+    verb: str = "targets"
+    own: bool = False  # directions of its own for each row
+    one: bool = False  # layer, the middle one
+
+    def layers(self, decoder: Decoder) -> list[int]:
+        n = decoder.config.n_layers
+        return [n // 2] if self.one else [*range(n)]
+
+    def edits(self, decoder: Decoder, B: int) -> list[list[Edit]]:
+        if not self.K:
+            return []
+        n_lists = B if self.own else 1
+        return random_edits(decoder, B, n_lists, self.K, self.layers(decoder), self.verb)
+
+
+OFF, IDLE, ONE = Way("off"), Way("idle", 4, "idle"), Way("one layer", 1, "adds", one=True)
+
+
+def every(K: int, verb: str, own: bool = False) -> Way:
+    return Way(f"K {K}, {verb}{', own' * own}", K, verb, own)
+
+
+def placed(decoder: Decoder, B: int, context: int, capture: Capture) -> Step:
+    """A step whose B rows are never done, with `context` columns of random keys and values."""
+    step = Step(decoder, B, context, capture)
+    start = torch.zeros(B, dtype=torch.long)
+    step.begin(random_prompts(decoder.config, B, 1), start, [context - 1] * B)
+    step.left.fill_(1 << 60)
+    for kept in (*step.cache.k, *step.cache.v):
+        kept.normal_()
+    return step
+
+
+class Replay:
+    """A placed step with one way's edits, as timing.measure wants a graph: n_calls steps a replay.
+
+    It shares the cache and all else with `step`, and keeps tables and graphs of its own. A replay
+    ends at the cache's last column.
+    """
+
+    def __init__(self, step: Step, edits: list[list[Edit]]):
+        self.step, self.n_calls = copy.copy(step), 1
+        self.first = random_prompts(step.decoder.config, step.rows, 1).to(step.device)
+        self.step.steering, self.step.graphs, self.step.edits = {}, {}, None
+        begin = time.perf_counter()
+        self.step.steer(edits)
+        self.chosen()
+        finish(step.decoder)
+        self.seconds = time.perf_counter() - begin  # tables, a run, its capture
+
+    def reset(self) -> None:
+        self.step.cache.column.fill_(self.step.length - self.n_calls)
+        self.step.tokens.copy_(self.first)
+
+    def replay(self) -> None:
+        for _ in range(self.n_calls):
+            self.step()
+
+    def state(self) -> Tensor:
+        """What the head would read after one step without a graph, (B, D)."""
+        self.reset()
+        return self.step.decoder(self.step.tokens, self.step.cache, self.step.seam)[:, 0]
+
+    def chosen(self) -> Tensor:
+        """What one replayed step chooses, (B,)."""
+        self.reset()
+        self.step()
+        return self.step.chosen.clone()
+
+
+def steps_a_replay(off: Replay) -> int:
+    """So many that a replay lasts about REPLAY seconds."""
+    for _ in range(4):
+        finish(off.step.decoder)
+        begin = time.perf_counter()
+        off.chosen()
+        finish(off.step.decoder)
+        seconds = time.perf_counter() - begin
+    return min(STEPS, 1 + int(REPLAY / seconds))
+
+
+def agreement(replay: Replay) -> tuple[Tensor, float]:
+    """The state without the graph, (B, D), and the share of tokens that the graph chooses by it."""
+    state = replay.state()
+    expected = replay.step.decoder.logits(state[:, None])[:, 0].argmax(-1)
+    chosen = replay.chosen()
+    assert state.isfinite().all(), "the state is not finite"
+    assert (chosen > BROKEN).all(), "the logits are not finite"
+    return state.float(), float((chosen == expected).float().mean())
+
+
+def verify(ways: dict[Way, Replay]) -> dict[Way, tuple[float, float]]:
+    """Of each way how far it moves its least moved row, and the share of tokens as without a graph.
+
+    AssertionError for what is not finite, edits without effect and idle ones with any.
+    """
+    seen, (off, _) = {}, agreement(ways[OFF])
+    for way, replay in ways.items():
+        state, same = agreement(replay)
+        moved = (state - off).norm(dim=-1) / off.norm(dim=-1)
+        if way in (OFF, IDLE):
+            assert moved.max() < ALIKE, f"{way.name} moves a row by {moved.max():.2g}"
+        else:
+            assert moved.min() > 1e-3, f"{way.name} moves a row by {moved.min():.2g}"
+        seen[way] = float(moved.min()), same
+    return seen
+
+
+def change(replay: Replay, one: list[list[Edit]], other: list[list[Edit]]) -> float:
+    """Other edits and back, in the one graph there is: the share of tokens as without it."""
+    seen = []
+    for edits in (other, one):
+        replay.step.steer(edits)
+        seen.append(agreement(replay))
+    (a, a_same), (b, b_same) = seen
+    assert len(replay.step.graphs) == 1, "edits asked for another graph"
+    assert (a - b).norm() > 1e-3 * b.norm(), "other edits change nothing"
+    return min(a_same, b_same)
 
 
 class Run(NamedTuple):
