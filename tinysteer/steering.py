@@ -108,17 +108,22 @@ class Steering:
         device: torch.device | str = "cpu",
         capacity: int = 0,
     ):
-        edits = [edit for row in rows for edit in row]
+        distinct = {id(row): row for row in rows}  # rows may share one list
+        edits = [edit for row in distinct.values() for edit in row]
         unique = {id(edit.direction): edit.direction for edit in edits}
         index = {key: i for i, key in enumerate(unique)}
-        self.bank = torch.stack([u.float() for u in unique.values()] or [torch.zeros(0)]).to(device)
-        self.tables = {}
-        for layer in {edit.layer for edit in edits}:
-            moves = [
-                [e.move._replace(index=index[id(e.direction)]) for e in row if e.layer == layer]
-                for row in rows
-            ]
-            self.tables[layer] = kernels.compile_edits(self.bank, moves, capacity)
+        bank = torch.stack([u.float().cpu() for u in unique.values()] or [torch.zeros(0)])
+        moves: dict[int, dict[int, list[kernels.Edit]]] = {}  # layer, id of a row
+        for key, row in distinct.items():
+            for edit in row:
+                move = edit.move._replace(index=index[id(edit.direction)])
+                moves.setdefault(edit.layer, {}).setdefault(key, []).append(move)
+        none: list[kernels.Edit] = []
+        self.bank, self.tables = bank.to(device), {}
+        for layer, by_row in moves.items():
+            each = [by_row.get(id(row), none) for row in rows]
+            tables = kernels.compile_edits(bank, each, capacity)
+            self.tables[layer] = kernels.Edits(*(table.to(device) for table in tables))
 
     def __call__(
         self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor

@@ -82,22 +82,22 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 
         raise ValueError("rows is a list of lists: for each row of x its edits, in order")
     K = max(capacity, *map(len, rows), 0)
     K += -K % 4 if K > 2 else 0
-    padded = [[*row, *[Edit()] * (K - len(row))] for row in rows]
-    for edit in itertools.chain(*padded):
+    for edit in itertools.chain(*{id(row): row for row in rows}.values()):
         check_edit(edit, len(bank))
+    distinct: dict[tuple[Edit, ...], int] = {}  # rows that are alike are compiled once
+    same = [distinct.setdefault(tuple(row), len(distinct)) for row in rows]
+    padded = [[*row, *[Edit()] * (K - len(row))] for row in distinct]
     table = torch.tensor(padded, dtype=torch.float64, device="cpu")
-    table = table.reshape(len(rows), K, len(Edit._fields))
+    table = table.reshape(len(padded), K, len(Edit._fields))
     index, bias, slope, low, high, first, last = table.unbind(-1)
     named, where = index[index >= 0].unique(return_inverse=True)
-    u = torch.zeros(len(rows), K, bank.shape[1], dtype=torch.float64, device="cpu")
-    u[index >= 0] = bank[named.long().to(bank.device)].cpu().double()[where]
-    gram = u @ u.mT
-    length = gram.diagonal(dim1=1, dim2=2).sqrt()
-    for edit, size in zip(itertools.chain(*padded), length.flatten().tolist(), strict=True):
-        if not size < inf:
-            raise ValueError(f"direction {edit.index} of the bank is not finite")
-        if edit.index >= 0 and edit.slope and abs(size - 1) > 0.01:
-            raise ValueError(f"direction {edit.index} of the bank has length {size:.4g}: make it 1")
+    directions = bank[named.long().to(bank.device)].cpu().double()
+    check_lengths(named.long().tolist(), directions, slope[index >= 0], where)
+    gram = torch.zeros(len(padded), K, K, dtype=torch.float64, device="cpu")
+    several = (index >= 0).sum(-1) > 1  # a single edit asks for no dot products
+    u = directions.new_zeros(int(several.sum()), K, bank.shape[1])
+    u[index[several] >= 0] = directions[where[several.repeat_interleave((index >= 0).sum(-1))]]
+    gram[several] = u @ u.mT
     tables = Edits(
         index.int(),
         *(column.float() for column in (bias, slope, low, high)),
@@ -105,7 +105,23 @@ def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 
         last.int(),
         gram.float(),
     )
-    return Edits(*(column.to(bank.device) for column in tables))
+    same = torch.tensor(same, dtype=torch.long, device="cpu")
+    return Edits(*(column[same].to(bank.device) for column in tables))
+
+
+def check_lengths(named: Sequence[int], directions: Tensor, slope: Tensor, where: Tensor) -> None:
+    """ValueError for directions that are not finite, or not of length 1 where one is projected on.
+
+    named: the directions' places in the bank; slope, where: each edit's, and which one it names.
+    """
+    projected = torch.zeros(len(named), dtype=torch.bool, device="cpu")
+    projected[where[slope != 0]] = True
+    lengths = directions.norm(dim=-1).tolist()
+    for index, size, read in zip(named, lengths, projected.tolist(), strict=True):
+        if not size < inf:
+            raise ValueError(f"direction {index} of the bank is not finite")
+        if read and abs(size - 1) > 0.01:
+            raise ValueError(f"direction {index} of the bank has length {size:.4g}: make it 1")
 
 
 def check_edit(edit: Edit, n_directions: int) -> None:
