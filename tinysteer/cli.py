@@ -17,6 +17,7 @@ import torch
 from tinysteer.checkpoint import load, load_config
 from tinysteer.demo import run_demo
 from tinysteer.edits import WINDOWS, Edit
+from tinysteer.experiments import command
 from tinysteer.extraction import METHODS, extract
 from tinysteer.generation import Options
 from tinysteer.hub import EMBEDDED, fetch
@@ -140,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("what", metavar="FILE_OR_MODEL", nargs="?", default=MODEL)
     one.add_argument("--revision", help="a branch, tag or commit on the Hub")
     one.set_defaults(run=run_inspect)
+    command.add_parser(commands)
     return top
 
 

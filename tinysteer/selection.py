@@ -17,6 +17,7 @@ from tinysteer.tokenizer import Prompt, pad
 
 LOW_PERPLEXITY = 2.5  # the paper's, under GPT-2: text that repeats itself is easy to predict
 WINDOW = 1024  # tokens of a text that count, its last ones (paper)
+SLICE = 16  # positions whose logits are held at once
 
 
 def sweep_layers(n_layers: int, step: int = 2) -> list[int | None]:
@@ -76,8 +77,14 @@ def perplexity(judge: LanguageModel, texts: Sequence[str], *, batch_size: int = 
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         tokens, start = pad([ids[i] for i in batch])
-        logits = judge.logits(tokens, start=start)[:, :-1].cpu()
-        losses = F.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")  # (B, T - 1)
+        states, following = judge.states(tokens, start=start), tokens[:, 1:].to(judge.device)
+        losses = [
+            F.cross_entropy(judge.decoder.logits(part).mT, right, reduction="none")
+            for part, right in zip(
+                states[:, :-1].split(SLICE, 1), following.split(SLICE, 1), strict=True
+            )
+        ]
+        losses = torch.cat(losses, dim=1)  # (B, T - 1)
         for row, i in enumerate(batch):
             found[i] = losses[row, int(start[row]) :].mean().exp().item()
     return found

@@ -1,0 +1,46 @@
+"""Choosing layers, or layers and weights, on validation prompts by the paper's rule (section 2)."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from tinysteer.experiments.study import Ask, Study
+from tinysteer.selection import LOW_PERPLEXITY, choose_layer, perplexity
+
+
+class Trial(NamedTuple):
+    """One validation prompt under one choice, of which each group takes its best."""
+
+    group: Hashable
+    choice: Any  # a layer, or a layer and a weight; None: unsteered
+    ask: Ask
+    check: Callable[[str], bool]
+
+
+def choose(study: Study, trials: Sequence[Trial]) -> tuple[dict, list[dict]]:
+    """-> each group's choice, and what every choice did: accuracy, and the share of spoilt texts.
+
+    Spoilt is a text of a perplexity below LOW_PERPLEXITY under the judge: it repeats itself. The
+    paper's judge is GPT-2 and allows none. Without another model as judge the model reads its own
+    texts, finds nearly all likely, and as many may be spoilt as without steering.
+    """
+    texts = study.answer([trial.ask for trial in trials], study.settings.validation_tokens)
+    found = perplexity(study.judge or study.model, texts, batch_size=study.settings.batch_size)
+    seen: dict[Hashable, dict[Any, list[tuple[bool, bool]]]] = {}
+    for trial, text, value in zip(trials, texts, found, strict=True):
+        followed, spoilt = trial.check(text), value < LOW_PERPLEXITY
+        seen.setdefault(trial.group, {}).setdefault(trial.choice, []).append((followed, spoilt))
+    chosen, rows = {}, []
+    for group, choices in seen.items():
+        accuracy = {choice: average(f for f, _ in pairs) for choice, pairs in choices.items()}
+        spoilt = {choice: average(s for _, s in pairs) for choice, pairs in choices.items()}
+        chosen[group] = choose_layer(accuracy, spoilt, 0.0 if study.judge else spoilt[None])
+        rows += [
+            {"group": group, "choice": c, "accuracy": accuracy[c], "spoilt": spoilt[c]}
+            for c in choices
+        ]
+    return chosen, rows
+
+
+def average(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

@@ -1,0 +1,79 @@
+"""`tinysteer reproduce EXPERIMENT MODEL`: its options, and what they become."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tinysteer.checkpoint import load
+from tinysteer.edits import WINDOWS, Where, window
+from tinysteer.experiments import EXPERIMENTS, Settings, reproduce
+
+
+def add_parser(commands) -> None:
+    one = commands.add_parser(
+        "reproduce", help="an experiment of the paper, on any model, in a folder"
+    )
+    one.add_argument("experiment", choices=EXPERIMENTS)
+    one.add_argument("model", metavar="MODEL", help="a folder, a Hub id or an embedded model")
+    one.add_argument("--out", metavar="DIR", help="default: EXPERIMENT-MODEL; resumed if there")
+    one.add_argument("--limit", type=int, metavar="N", help="test prompts, at most")
+    one.add_argument("--prompts", metavar="JSONL", help="test prompts in place of the built-in")
+    one.add_argument("--pairs", metavar="JSONL", help="pairs for formats, likewise")
+    one.add_argument("--source", metavar="MODEL", help="transfer: where the vectors come from")
+    one.add_argument("--judge", metavar="MODEL", help="whose perplexity tells spoilt texts")
+    one.add_argument("--layers", metavar="JSON", help="a summary.json whose layers to take")
+    one.add_argument("--layer", type=int, metavar="L", help="for lengths and words")
+    one.add_argument("--weights", type=float, nargs="+", metavar="W", help="to sweep, likewise")
+    one.add_argument("--where", default="all", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all)")
+    one.add_argument("--validation", type=int, default=8, metavar="N", help="prompts a choice (8)")
+    one.add_argument("--validation-tokens", type=int, default=256, metavar="N", help="256")
+    one.add_argument("--step", type=int, default=2, help="between the layers tried (2)")
+    one.add_argument("--max-new-tokens", type=int, metavar="N", help="the paper's: 1024 or 2048")
+    one.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="prompts together (32)"
+    )
+    one.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
+    one.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
+    one.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    settings = Settings(
+        limit=options.limit,
+        layers=read_layers(options.layers) if options.layers else {},
+        layer=options.layer,
+        weights=tuple(options.weights) if options.weights else None,
+        where=read_where(options.where),
+        validation=options.validation,
+        step=options.step,
+        max_new_tokens=options.max_new_tokens,
+        validation_tokens=options.validation_tokens,
+        batch_size=options.batch_size,
+        prompts=options.prompts,
+        pairs=options.pairs,
+    )
+    names = {"model": options.model, "judge": options.judge, "source": options.source}
+    models = {k: load(name, options.dtype, options.device) for k, name in names.items() if name}
+    out = options.out or f"{options.experiment}-{Path(options.model).name}"
+    print(reproduce(options.experiment, out=out, settings=settings, **models), end="")
+
+
+def read_where(text: str) -> Where:
+    """A name, or FIRST,STOP. ValueError for neither."""
+    where: Any = text
+    if text not in WINDOWS:
+        try:
+            where = tuple(int(part) if part else None for part in text.split(","))
+        except ValueError:
+            raise ValueError(f"--where {text}: use {', '.join(WINDOWS)} or FIRST,STOP") from None
+    window(where)
+    return where
+
+
+def read_layers(path: str) -> dict[str, dict[str, int | None]]:
+    """The layers that a run of `format` chose: of each setting, by instruction."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))["data"]["layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no summary.json of `reproduce format` ({error})") from None
