@@ -61,7 +61,10 @@ ATTENTION = {
     "attend, Phi-3 mini": (64, 32, 32, 4096, 96, torch.float16, False, None),
     "attend, float32": (1, 9, 3, 1024, 64, FP32, False, None),
 }
-COMBINING = {"combine, Llama 3.1": ATTENTION["attend, Llama 3.1"]}
+COMBINING = {  # as many shares as there may be, and heads as wide as there are
+    "combine, Llama 3.1": ATTENTION["attend, Llama 3.1"],
+    "combine, one key head": (1, 8, 1, 8192, 256, BF16, False, None),
+}
 GATING = {  # activation, type
     "gated, silu": ("silu", BF16),
     "gated, gelu_tanh": ("gelu_tanh", FP32),

@@ -84,6 +84,10 @@ CASES = {  # sizes and settings
     "the first column": ({"now": 0}, {}),
     "the last column": ({"S": 40, "now": 39}, {}),
     "many shares": ({"B": 1, "G": 1, "H": 2, "S": 1500, "now": 1400, "D": 64}, {}),
+    "many shares of large scores": (
+        {"B": 1, "G": 1, "H": 2, "S": 1500, "now": 1400, "D": 64},
+        {"scale": 20.0},
+    ),
     "no share of its own": ({"B": 1, "G": 1, "H": 2, "S": 1500, "now": 3, "D": 64}, {}),
     "rows enough for one share": ({"B": 67, "S": 70, "now": 60}, {}),
 }
@@ -147,6 +151,28 @@ def test_what_is_not_seen_is_not_read():
     k[:, :, :240] = v[:, :, :240] = math.nan
     where[3][:] = 0
     assert run(KERNEL, qkv, k, v, where, scale=0.3, window=11).isfinite().all()
+
+
+@needs_triton
+def test_a_program_writes_its_own_heads_alone(monkeypatch):
+    """Programs run at once on a GPU: here the first alone, over poison."""
+    kernel, seen = attention.attend_kernel, []
+
+    class First:
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                arguments["y_ptr"].fill_(math.nan)
+                kernel[(1,)](**arguments)
+                seen.append(arguments["y_ptr"])
+
+            return launch
+
+    monkeypatch.setattr(attention, "attend_kernel", First())
+    run(KERNEL, *case(B=67, S=70, now=60), scale=0.3)
+    (y,) = seen
+    written = y.view(67, 4, 16).isfinite().all(-1)
+    assert written[0].tolist() == [True, True, False, False]
+    assert not written[1:].any()
 
 
 @needs_triton

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from checkpoints import VARIANTS
 from dispatch import Tape
 from torch.profiler import ProfilerActivity, profile
 
 import tinysteer as ts
 from tinysteer.footprint import footprint
 from tinysteer.model import Decoder
+from tinysteer.sampling import Sampler
 from tinysteer.stepping import Step
 
 ROWS, COLUMNS, PROMPT = 6, 128, 120
@@ -35,12 +35,21 @@ def widened(folder) -> Decoder:
     return decoder
 
 
-@pytest.mark.parametrize("variant", ["llama: grouped heads", "gemma2", "gemma3_text"])
+CASES = {
+    "llama: grouped heads": ("greedy", {}),
+    "gemma2": ("greedy", {}),
+    "gemma3_text": ("greedy", {}),
+    "llama: tied head": ("whole", {}),
+    "llama: all heads": ("cut", {"top_p": 0.9}),
+}
+
+
+@pytest.mark.parametrize("variant", CASES)
 @torch.inference_mode()
 def test_memory_is_as_foretold(variant, checkpoint):
-    assert variant in VARIANTS
-    decoder = widened(checkpoint(variant)[0])
-    expected = footprint(decoder.config, ROWS, COLUMNS)
+    decoder, (sampling, cuts) = widened(checkpoint(variant)[0]), CASES[variant]
+    sampler = Sampler([0] * ROWS, 4, **cuts) if sampling != "greedy" else None
+    expected = footprint(decoder.config, ROWS, COLUMNS, sampling=sampling)
     shape = decoder.config.n_layers, decoder.config.dim
     vector = ts.SteeringVector.from_means(torch.randn(shape), torch.zeros(shape))
     edits = [[vector.at(L).add(0.1) for L in range(shape[0])]] * ROWS
@@ -49,7 +58,8 @@ def test_memory_is_as_foretold(variant, checkpoint):
     def decode():
         made.append(step := Step(decoder, ROWS, COLUMNS, capture=Tape))
         tokens = torch.randint(3, 200, (ROWS, PROMPT))
-        step.begin(tokens, torch.zeros(ROWS, dtype=torch.long), [4] * ROWS, edits=edits)
+        start = torch.zeros(ROWS, dtype=torch.long)
+        step.begin(tokens, start, [4] * ROWS, edits=edits, sampler=sampler)
 
     peak, step = peak_of(decode), made[0]
     assert expected.weights == sum(p.nbytes for p in decoder.parameters())

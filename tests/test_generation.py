@@ -256,6 +256,16 @@ def test_a_draw_at_the_very_end_is_still_a_token_that_is_left(monkeypatch):
     assert int(Sampler([0], 1, top_k=2)(LOGITS)[0]) == 1
 
 
+def test_what_cannot_be_drawn_is_not_drawn_by_the_smallest_draw():
+    sampler = Sampler([0], 2)
+    sampler.draws.zero_()
+    assert int(sampler(torch.tensor([[-1e6, 0.0, -1e6]]))[0]) == 1
+
+
+def test_a_longer_run_draws_the_same_numbers_at_first():
+    assert torch.equal(Sampler([5], 300).draws[:, :7], Sampler([5], 7).draws)
+
+
 def test_sampling_settings_equal_those_of_transformers():
     """top_k, then top_p of what is left, then min_p, as transformers' logits processors."""
     from transformers.generation import logits_process as theirs

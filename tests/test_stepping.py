@@ -255,6 +255,170 @@ def test_rows_are_rounded_up_so_that_a_third_is_idle_at_most():
     assert {*rounded} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384}
 
 
+def test_layers_that_are_no_longer_steered_are_not(taped):
+    a, b, _ = vectors(taped)
+    for steer in (
+        [a.at(1).add(6.0)],
+        [b.at(2).add(6.0)],
+        [b.at(2).add(-6.0)],
+        [],
+        [a.at(0).ablate()],
+    ):
+        assert complete(taped, steer) == complete(taped, steer, graph=False)
+
+
+def test_ways_of_sampling_have_their_own_graphs(taped):
+    ways = [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 1, "top_k": 3}, {}]
+    for way in ways:
+        assert complete(taped, **way) == complete(taped, graph=False, **way)
+    assert taped.steps.captured == 3
+    complete(taped, fused=False)
+    assert taped.steps.captured == 4
+
+
+def test_it_does_not_matter_how_often_a_direction_is_written(taped):
+    """`at` makes a new view each time; the bank holds its memory once."""
+    (v, *_), layers = vectors(taped), range(4)
+    complete(taped, [[v.at(L).add(1.0) for L in layers for _ in range(4)] for _ in PROMPTS])
+    steps = taped.steps
+    assert list(steps.free[0].steering) == [(4, 64)]
+    rows = [[v.at(L).add(1.0) for L in layers] for _ in range(50)]
+    assert len(ts.steering.Steering(rows).bank) == 4
+
+
+def test_vectors_changed_in_place_are_read_anew(taped):
+    v, *_ = vectors(taped)
+    edits = [v.at(1).add(8.0)]
+    text = complete(taped, edits)
+    v.directions.neg_()
+    assert complete(taped, edits) == complete(taped, edits, graph=False) != text
+
+
+def test_other_weights_or_another_decoder_ask_for_new_graphs(taped):
+    text, blocks = complete(taped), taped.decoder.blocks
+    for block in blocks:
+        for linear in (block.attn.out, block.mlp.down):
+            linear.weight = torch.nn.Parameter(-linear.weight, requires_grad=False)
+    other = complete(taped)
+    assert other == complete(taped, graph=False) != text
+    assert taped.steps.captured == 2
+    assert len(taped.steps.free) == 1
+    decoder, taped.decoder = taped.decoder, Decoder(taped.config).requires_grad_(False)
+    taped.decoder.load_state_dict(decoder.state_dict())
+    taped.decoder.embed.weight.neg_()
+    assert complete(taped) not in (text, other)
+
+
+def test_steps_that_wait_can_be_let_go(taped):
+    complete(taped)
+    taped.steps.clear()
+    assert taped.steps.free == []
+
+
+def test_while_a_batch_runs_fewer_steps_wait(taped):
+    options = {"chat": False, "max_new_tokens": 8}
+    for n in (1, 2):
+        taped.complete(PROMPTS[:n], **options)
+    stream = taped.stream(PROMPTS[:3], **options)
+    next(stream)
+    assert len(taped.steps.free) == 1
+
+
+def test_without_memory_for_another_step_the_waiting_ones_go(taped, monkeypatch):
+    plain = complete(taped, prompts=PROMPTS[:2], graph=False)
+    complete(taped)
+    make, sizes = stepping.Step, []
+
+    def scarce(*arguments):
+        sizes.append(len(taped.steps.free))
+        if sizes[-1]:
+            raise torch.OutOfMemoryError
+        return make(*arguments)
+
+    monkeypatch.setattr(stepping, "Step", scarce)
+    assert complete(taped, prompts=PROMPTS[:2]) == plain
+    assert sizes == [1, 0]
+
+
+def test_stops_limits_and_spare_rows_are_told_on_the_device(taped):
+    step = Step(taped.decoder, 4, 64, capture=Tape)
+    tokens, start = torch.randint(3, 200, (2, 6)), torch.tensor([0, 2])
+    step.begin(tokens, start, [9, 9], edits=[[], []])
+    assert step.left.tolist() == [8, 8, 0, 0]
+    assert step.cache.start.tolist() == [0, 2, 64, 64]
+    first, second = step.read()()
+    stops = frozenset([second, 10**6])  # a tokenizer may have ids that the model has not
+    step.begin(tokens, start, [9, 9], stops, edits=[[], []])
+    assert step.left.tolist() == [8 * (first != second), 0, 0, 0]
+    step()
+    assert step.read()()[1] == stepping.NOTHING
+
+
+def test_a_row_that_broke_says_so_once_and_others_go_on(model):
+    step = Step(model.decoder, 3, 64)
+    step.begin(torch.randint(3, 200, (3, 6)), torch.tensor([0, 0, 0]), [9, 1, 9], edits=[[]] * 3)
+    step.cache.k[0, :2] = float("nan")  # of rows 0 and 1, which is done
+    seen = []
+    for _ in range(2):
+        step()
+        seen.append(step.read()())
+    assert [row[0] for row in seen] == [stepping.BROKEN, stepping.NOTHING]
+    assert [row[1] for row in seen] == [stepping.NOTHING] * 2
+    assert all(row[2] >= 0 for row in seen)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_single_logit_that_is_not_finite_breaks_its_row(model, monkeypatch, value):
+    logits = model.decoder.logits
+    monkeypatch.setattr(
+        model.decoder, "logits", lambda x: logits(x).index_fill(-1, torch.tensor([7]), value)
+    )
+    with pytest.raises(ValueError, match="NaN or infinite in"):
+        complete(model)
+
+
+def test_without_a_graph_attention_looks_at_blocks_of_what_is_filled(model):
+    cache = Cache(model.decoder, torch.zeros(1, dtype=torch.long), 5, 100)
+    reaches = [next(iter(cache.advance(T)[0].values())).reach for T in (5, 58, 1, 1, 35)]
+    assert reaches == [64, 64, 64, 100, 100]
+
+
+def test_graphs_are_made_and_tokens_read_on_the_models_own_gpu(monkeypatch, model):
+    """The calls of torch.cuda, on a machine that may have none: their order, device and stream."""
+    told = []
+
+    class Told:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, *arguments, **options):
+            told.append(self.name)
+            return Told(f"{self.name}()")
+
+        def __getattr__(self, name):
+            return Told(f"{self.name}.{name}")
+
+        def __enter__(self):
+            told.append(f"in {self.name}")
+
+        def __exit__(self, *error):
+            told.append(f"out {self.name}")
+
+    monkeypatch.setattr(torch, "cuda", Told("cuda"))
+    step = Step(model.decoder, 1, 40, capture=stepping.CudaGraphs())
+    step.begin(torch.tensor([[5, 6, 7]]), torch.tensor([0]), [4], edits=[[]])
+    monkeypatch.setattr(step, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(step, "_run", lambda: told.append("run"))
+    step()
+    step()
+    made = [name for name in told if name in ("run", "cuda.graph_pool_handle", "cuda.Stream")]
+    assert made == ["cuda.graph_pool_handle", "cuda.Stream", "run", "run"]
+    replay = "cuda.CUDAGraph().replay"
+    first = told.index("run")
+    assert told[first + 1 : first + 5] == ["cuda.CUDAGraph", "cuda.graph", "in cuda.graph()", "run"]
+    assert told[-4:] == ["cuda.device", "in cuda.device()", replay, "out cuda.device()"]
+
+
 class Sizes(Calls):
     """Bytes of every tensor that is made."""
 

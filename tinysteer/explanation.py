@@ -67,7 +67,7 @@ def explain(
     tokens, start = pad(prompts)
     B, T = tokens.shape
     tokens = tokens.to(decoder.embed.weight.device)
-    steer = Explaining(rows, tokens.device)
+    steer = Explaining(rows, tokens.device, decoder.embed.weight.dtype)
     cache = Cache(decoder, start, T, T + max_new_tokens)
     x = decoder.prefill(tokens, cache, steer)
     for left in reversed(range(max_new_tokens)):

@@ -20,7 +20,7 @@ from tinysteer.tokenizer import Prompt, Tokenizer
 
 
 class LanguageModel:
-    """A language model that can be steered. Nothing of a call stays behind in it.
+    """A language model that can be steered. No edit stays behind in it when a call is over.
 
     Steering is an argument of every method. `steer` takes edits made by the verbs of
     `vector.at(layer)`: a list for all prompts, in order, or one list a prompt. `complete` and
@@ -30,8 +30,15 @@ class LanguageModel:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, name: str = "", revision: str = ""):
         self.decoder, self.tokenizer, self.name = decoder, tokenizer, name
-        self.steps = Steps(decoder)
         self.revision = revision  # a commit of the Hub; of an embedded model its weights' digest
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        self._decoder, self.steps = decoder, Steps(decoder)
 
     @property
     def config(self) -> Config:
@@ -230,7 +237,7 @@ class LanguageModel:
         if not 1 <= prompt_length <= T:
             raise ValueError(f"prompt_length is {prompt_length}; there are {T} columns of tokens")
         cache = Cache(self.decoder, start, prompt_length, T)
-        steer = seam(self._edits(steer, B), self.device)
+        steer = seam(self._edits(steer, B), self.device, self.dtype)
         return tokens.long().to(self.device).split(CHUNK, dim=1), cache, steer
 
     def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:

@@ -38,14 +38,14 @@ class Norms(NamedTuple):
     next: RMSNorm  # of the sum, for what reads it
 
 
-def weight(norm: nn.Module) -> Tensor | None:
+def weight_of(norm: nn.Module) -> Tensor | None:
     """A norm's weight; an identity has none."""
     return getattr(norm, "weight", None)
 
 
 def add(x: Tensor, delta: Tensor, norms: Norms, **steering) -> tuple[Tensor, Tensor]:
     """x (B, T, D) + norms.post(delta), edited if `steering` says so, and norms.next of it."""
-    norm, traits = norms.next, {"offset": norms.next.offset, "post_weight": weight(norms.post)}
+    norm, traits = norms.next, {"offset": norms.next.offset, "post_weight": weight_of(norms.post)}
     return add_steer_norm(x, delta, norm.weight, norm.eps, **traits, **steering)
 
 
@@ -206,7 +206,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, view: View, cache: Cache) -> Tensor:
         """x (B, T, D) -> (B, T, D); the cache takes in its keys and values."""
         k, v = cache.layer(self.layer)
-        norms = {"q_weight": weight(self.q_norm), "k_weight": weight(self.k_norm)}
+        norms = {"q_weight": weight_of(self.q_norm), "k_weight": weight_of(self.k_norm)}
         return self.out(self.attend(self.qkv(x), k, v, view, **norms))
 
 
@@ -226,12 +226,10 @@ class Block(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, config.dim, config)
         post_norm = norm if config.post_norms else nn.Identity
-        self.attn_norm, self.attn, self.attn_post_norm = (
-            norm(),
-            Attention(config, layer),
-            post_norm(),
-        )
-        self.mlp_norm, self.mlp, self.mlp_post_norm = norm(), MLP(config), post_norm()
+        self.attn_norm, self.attn_post_norm = norm(), post_norm()
+        self.attn = Attention(config, layer)
+        self.mlp_norm, self.mlp_post_norm = norm(), post_norm()
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor, y: Tensor, view: View, cache: Cache) -> tuple[Tensor, Tensor]:
         """The stream and its norm, (B, T, D) -> the stream after attention, what is added next."""

@@ -1,5 +1,6 @@
 """The next token of each row, drawn with the row's own seed, on the device."""
 
+import copy
 import secrets
 from collections.abc import Sequence
 
@@ -41,8 +42,9 @@ class Sampler:
 
     def empty(self, n_rows: int, n_draws: int) -> "Sampler":
         """One of the same kind, for `copy_` to fill."""
-        made = Sampler([0] * n_rows, n_draws, device=self.draws.device)
-        made.kind = self.kind
+        made = copy.copy(self)
+        made.draws = self.draws.new_zeros(n_rows, n_draws)
+        made.step, made.settings = self.step.clone(), self.settings.clone()
         return made
 
     def copy_(self, other: "Sampler") -> "Sampler":

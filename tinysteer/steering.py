@@ -99,24 +99,25 @@ def levels_up() -> int:
 class Steering:
     """The edits of a batch, ready to be a decoder's seam: tables of the layers that have any."""
 
-    bank: Tensor  # (N, D) float32, the directions that the tables name
+    bank: Tensor  # (N, D) in the model's type, the directions that the tables name
     tables: dict[int, kernels.Edits]
 
     def __init__(
         self,
         rows: Sequence[Sequence[Edit]],
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         capacity: int = 0,
     ):
         distinct = {id(row): row for row in rows}  # rows may share one list
         edits = [edit for row in distinct.values() for edit in row]
-        unique = {id(edit.direction): edit.direction for edit in edits}
+        unique = {place_of(edit): edit.direction for edit in edits}
         index = {key: i for i, key in enumerate(unique)}
-        bank = torch.stack([u.float().cpu() for u in unique.values()] or [torch.zeros(0)])
+        bank = torch.stack([u.to("cpu", dtype) for u in unique.values()] or [torch.zeros(0)])
         moves: dict[int, dict[int, list[kernels.Edit]]] = {}  # layer, id of a row
         for key, row in distinct.items():
             for edit in row:
-                move = edit.move._replace(index=index[id(edit.direction)])
+                move = edit.move._replace(index=index[place_of(edit)])
                 moves.setdefault(edit.layer, {}).setdefault(key, []).append(move)
         none: list[kernels.Edit] = []
         self.bank, self.tables = bank.to(device), {}
@@ -144,8 +145,9 @@ class Fixed(Steering):
         capacity: int,
         n_directions: int,
         device: torch.device | str,
+        dtype: torch.dtype,
     ):
-        self.bank = torch.zeros(n_directions, config.dim, device=device)
+        self.bank = torch.zeros(n_directions, config.dim, device=device, dtype=dtype)
         self.blank = kernels.compile_edits(self.bank[:0].cpu(), [[]] * n_rows, capacity)
         self.stack = kernels.Edits(
             *(torch.stack([table] * config.n_layers).to(device) for table in self.blank)
@@ -157,9 +159,27 @@ class Fixed(Steering):
         """Take other's edits: of as many rows and the same capacity, made on the host."""
         each = [other.tables.get(L, self.blank) for L in self.tables]
         for mine, *theirs in zip(self.stack, *each, strict=True):
-            mine.copy_(torch.stack(theirs), non_blocking=True)
-        self.bank[: len(other.bank)].copy_(other.bank, non_blocking=True)
+            send(torch.stack(theirs), mine)
+        send(other.bank, self.bank[: len(other.bank)])
         return self
+
+    def move(self, rows: Sequence[Sequence[Edit]]) -> None:
+        """Take other numbers for the edits that are there: same rows, layers and directions."""
+        names = ("bias", "slope", "low", "high", "first", "last")
+        tables = [getattr(self.blank, name).expand(len(self.tables), -1, -1) for name in names]
+        tables = [table.clone() for table in tables]
+        places, moves = [], []
+        for b, row in enumerate(rows):
+            slots: Counter[int] = Counter()
+            for edit in row:
+                places.append((edit.layer, b, slots[edit.layer]))
+                moves.append([getattr(edit.move, name) for name in names])
+                slots[edit.layer] += 1
+        layer, b, k = torch.tensor(places).T
+        columns = torch.tensor(moves, dtype=torch.float64).T  # int32 and float32 alike fit
+        for name, table, column in zip(names, tables, columns, strict=True):
+            table[layer, b, k] = column.to(table.dtype)
+            send(table, getattr(self.stack, name))
 
     def part(self, n_rows: int) -> Steering:
         """The edits of the first rows, in the same tables."""
@@ -171,21 +191,47 @@ class Fixed(Steering):
         return part
 
 
+def place_of(edit: Edit) -> tuple:
+    """Where a direction lies in memory: `at` makes another view of it each time."""
+    return edit.direction.data_ptr(), edit.direction.stride()
+
+
+def structure(rows: Sequence[Sequence[Edit]]) -> list:
+    """What of edits is more than numbers: each row's layers and directions, and what they read."""
+    return [[(e.layer, *place_of(e), e.move.slope != 0) for e in row] for row in rows]
+
+
+def send(source: Tensor, target: Tensor) -> None:
+    """Copy from the host, without waiting for what the device has still to do."""
+    if target.is_cuda:
+        source = source.pin_memory()  # which PyTorch keeps until the copy is done
+    target.copy_(source, non_blocking=True)
+
+
 def depth(rows: Sequence[Sequence[Edit]]) -> int:
     """How many edits a row has at one layer, at most."""
     return max((n for row in rows for n in Counter(e.layer for e in row).values()), default=0)
 
 
-def seam(rows: Sequence[Sequence[Edit]], device: torch.device | str = "cpu") -> Seam:
-    """One list of edits a row -> what a decoder takes as `steer`."""
-    return Steering(rows, device) if any(rows) else unsteered
+def seam(
+    rows: Sequence[Sequence[Edit]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Seam:
+    """One list of edits a row -> what a decoder of that type takes as `steer`."""
+    return Steering(rows, device, dtype) if any(rows) else unsteered
 
 
 class Explaining(Steering):
     """Steering that keeps how far each edit moved each position."""
 
-    def __init__(self, rows: Sequence[Sequence[Edit]], device: torch.device | str = "cpu"):
-        super().__init__(rows, device)
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Edit]],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(rows, device, dtype)
         self.d: dict[int, list[Tensor]] = {layer: [] for layer in self.tables}  # (B, T, K) each
 
     def __call__(

@@ -7,6 +7,8 @@ that few graphs do. The host looks at tokens only to make text of them, one step
 On a CPU the same step runs as it is.
 """
 
+import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -18,9 +20,10 @@ from torch import Tensor
 from tinysteer.edits import Edit
 from tinysteer.model import Cache, Decoder, Seam, unsteered
 from tinysteer.sampling import Sampler
-from tinysteer.steering import Fixed, Steering, depth, seam
+from tinysteer.steering import Fixed, Steering, depth, seam, structure
 
 NOTHING, BROKEN = -1, -2  # in a token's place: its row is done; its logits are not finite
+EDITS = 4  # of a row at one layer that a captured step has room for, at least
 SHORTEST = 256  # columns of a captured step's cache, at least
 DIRECTIONS = 64  # in a captured step's bank, at least
 KEPT = 2  # captured steps that wait for another batch: a whole one, and a list's last, smaller one
@@ -28,12 +31,21 @@ KEPT = 2  # captured steps that wait for another batch: a whole one, and a list'
 Capture = Callable[[Callable[[], None]], Callable[[], None]]  # runs it -> what runs it again
 
 
-def cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
-    run()  # what is compiled, loaded or allocated only once, is before
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+class CudaGraphs:
+    """Captures on the current device. Graphs share their memory: they are replayed by turns."""
+
+    def __init__(self):
+        self.pool, self.stream = None, None
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self.pool is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        run()  # what is compiled, loaded or allocated only once, is before
+        graph = torch.cuda.CUDAGraph()
+        settings = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, self.pool, **settings):
+            run()
+        return graph.replay
 
 
 class Variant(NamedTuple):
@@ -43,6 +55,24 @@ class Variant(NamedTuple):
     directions: int  # in the bank, at most
     sampling: str  # Sampler.kind, or "greedy"
     fused: bool  # by the kernels; False: by PyTorch's operations
+
+
+def on_its_device(method: Callable) -> Callable:
+    """Streams, events and graphs are the current GPU's: have it be the step's own."""
+
+    @functools.wraps(method)
+    def inside(self, *arguments, **options):
+        if self.device.type != "cuda":
+            return method(self, *arguments, **options)
+        with torch.cuda.device(self.device):
+            return method(self, *arguments, **options)
+
+    return inside
+
+
+def place_of(decoder: Decoder) -> int:
+    """What changes when weights move, as they do when others take their place."""
+    return hash(tuple((p.data_ptr(), p.dtype) for p in decoder.parameters()))
 
 
 class Step:
@@ -55,8 +85,8 @@ class Step:
     def __init__(self, decoder: Decoder, rows: int, length: int, capture: Capture | None = None):
         self.decoder, self.capture = decoder, capture
         self.rows, self.length = rows, length
-        weight = decoder.embed.weight
-        self.device, self.place = weight.device, weight.data_ptr()
+        self.device, self.dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
+        self.place = place_of(decoder)
         self.lag = int(self.device.type == "cuda")  # steps that run ahead of what is read
         with torch.device(self.device):
             self.tokens = torch.zeros(rows, 1, dtype=torch.long)
@@ -67,6 +97,7 @@ class Step:
         self.samplers: dict[str, Sampler] = {}
         self.graphs: dict[Variant, Callable[[], None]] = {}
 
+    @on_its_device
     def begin(
         self,
         tokens: Tensor,
@@ -88,7 +119,7 @@ class Step:
         start = torch.cat((start, torch.full((spare,), self.length)))
         self.cache.begin(start, T, T - start + limits)
         self.left.copy_(limits)
-        self.stops.zero_()[list(stop_ids)] = True
+        self.stops.zero_()[[i for i in stop_ids if i < len(self.stops)]] = True
         self.n, self.fused, self.edits = n, fused, None
         self.sampler = self._sampler(sampler)
         self.steer(edits)
@@ -99,21 +130,28 @@ class Step:
             self.cache.filled, self.cache.fixed = part.filled, self.capture is not None
             self._choose(torch.cat((x, x.new_zeros(spare, *x.shape[1:]))))
 
+    @on_its_device
     def steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         """Edits for the steps to come, a list a row: other tables' contents, no other graph."""
-        if edits != self.edits:
-            self.edits, self.seam, self.size = edits, *self._steering(edits)
+        if self.edits is None or edits != self.edits:
+            old = None if self.edits is None else structure(self.edits)
+            if isinstance(getattr(self, "seam", None), Fixed) and structure(edits) == old:
+                self.seam.move(edits)
+            else:
+                self.seam, self.size = self._steering(edits)
+            self.edits = edits
 
     def _steering(self, edits: Sequence[Sequence[Edit]]) -> tuple[Seam, tuple[int, int]]:
         if not any(edits):
             return unsteered, (0, 0)
         if self.capture is None:
-            return seam(edits, self.device), (0, 0)
-        capacity = rounded(max(depth(edits), 4))
-        new = Steering([*edits, *[[]] * (self.rows - len(edits))], capacity=capacity)
+            return seam(edits, self.device, self.dtype), (0, 0)
+        capacity, spare = rounded(max(depth(edits), EDITS)), self.rows - len(edits)
+        new = Steering([*edits, *[[]] * spare], dtype=self.dtype, capacity=capacity)
         size = capacity, rounded(max(len(new.bank), DIRECTIONS))
         if size not in self.steering:
-            self.steering[size] = Fixed(self.decoder.config, self.rows, *size, self.device)
+            sizes = self.decoder.config, self.rows, *size
+            self.steering[size] = Fixed(*sizes, self.device, self.dtype)
         self.steering[size].copy_(new)
         return self.steering[size], size
 
@@ -124,6 +162,7 @@ class Step:
             self.samplers[new.kind] = new.empty(self.rows, self.length)
         return self.samplers[new.kind].copy_(new)
 
+    @on_its_device
     def __call__(self) -> None:
         """One token more for each row that is not done."""
         if self.capture is None:
@@ -143,7 +182,8 @@ class Step:
     def _choose(self, x: Tensor) -> None:
         """x (B, 1, D) after the last norm -> the next tokens, and what rows may still get."""
         logits = self.decoder.logits(x)[:, -1]
-        finite = logits.amax(-1).isfinite()
+        lowest, highest = logits.aminmax(dim=-1)
+        finite = (highest - lowest).isfinite()
         token = logits.argmax(-1) if self.sampler is None else self.sampler(logits)
         self.tokens.copy_(token[:, None])
         seen = token.where(finite, BROKEN).where(self.left > 0, NOTHING)
@@ -152,10 +192,12 @@ class Step:
         # A row that is done is padding from now on: not edited, and it looks at nothing.
         self.cache.start.masked_fill_(self.left == 0, self.length)
 
+    @on_its_device
     def end(self, row: int) -> None:
         """The host has seen enough of a row."""
         self.left[row] = 0
 
+    @on_its_device
     def read(self) -> Callable[[], list[int]]:
         """The last tokens chosen, on their way to the host: call the result to wait for them.
 
@@ -188,34 +230,55 @@ def rounded_rows(n: int) -> int:
 
 
 class Steps:
-    """A decoder's captured steps, kept for the batches to come. `captured` counts graphs."""
+    """A decoder's captured steps, kept for the batches to come. `captured` counts graphs.
 
-    def __init__(self, decoder: Decoder, capture: Capture = cuda_graph):
+    capture: how to make one, of a decoder that is not on a GPU; default not at all.
+    """
+
+    def __init__(self, decoder: Decoder, capture: Capture | None = None):
         self.decoder, self.captured = decoder, 0
-        self.make_graph = capture
+        self.graphs: Capture = capture or CudaGraphs()
+        self.anywhere = capture is not None
         self.free: list[Step] = []
+        self.lock = threading.Lock()
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        self.captured += 1
-        return self.make_graph(run)
+    def clear(self) -> None:
+        """Let go of the steps that wait, and of their memory."""
+        with self.lock:
+            self.free.clear()
 
     @contextmanager
     def take(self, rows: int, length: int, graph: bool = True) -> Iterator[Step]:
         """A step with room for so many rows and columns, for one batch alone at a time."""
-        weight = self.decoder.embed.weight
-        if not graph or (self.make_graph is cuda_graph and not weight.is_cuda):
+        if not graph or not (self.anywhere or self.decoder.embed.weight.is_cuda):
             yield Step(self.decoder, rows, length)
             return
         rows, context = rounded_rows(rows), self.decoder.config.context_length
         length = max(min(rounded(max(length, SHORTEST)), context), length)
-        wanted = rows, length, weight.data_ptr()
-        fit = [s for s in self.free if (s.rows, s.length, s.place) == wanted]
-        if fit:
-            self.free.remove(fit[0])
-        else:
-            del self.free[KEPT - 1 :]  # before there is another cache beside theirs
-        step = fit[0] if fit else Step(self.decoder, rows, length, self.capture)
+        step = self._kept(rows, length) or self._made(rows, length)
         try:
             yield step
         finally:
-            self.free = [step, *self.free][:KEPT]
+            with self.lock:
+                self.free = [step, *self.free][:KEPT]
+
+    def _kept(self, rows: int, length: int) -> Step | None:
+        place = place_of(self.decoder)
+        with self.lock:
+            self.free = [step for step in self.free if step.place == place]
+            for i, step in enumerate(self.free):
+                if (step.rows, step.length) == (rows, length):
+                    return self.free.pop(i)
+            del self.free[KEPT - 1 :]  # before there is another cache beside theirs
+        return None
+
+    def _made(self, rows: int, length: int) -> Step:
+        try:
+            return Step(self.decoder, rows, length, self._capture)
+        except torch.OutOfMemoryError:
+            self.clear()
+            return Step(self.decoder, rows, length, self._capture)
+
+    def _capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+        return self.graphs(run)

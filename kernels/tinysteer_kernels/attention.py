@@ -26,6 +26,7 @@ from .residual import rms_norm
 EVERYTHING = 2**31 - 1  # a window that hides nothing
 PROGRAMS = 264  # two for each multiprocessor of an H200: fewer than this share out their columns
 TILE = 16384  # bytes of keys at a time: with as much of values, in three stages, 96 KB
+TOGETHER = 8192  # numbers of all shares of a head that the second launch holds in registers
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def weighted(x, weight, OFFSET: tl.constexpr, dtype: tl.constexpr):
 def capped(scores, cap):
     """cap tanh(scores / cap), or the scores themselves where there is no cap."""
     if cap is not None:
-        scores = cap * (1 - 2 / (tl.exp(tl.minimum(2 * scores / cap, 80.0)) + 1))
+        scores = cap * (1 - 2 / (tl.exp(2 * scores / cap) + 1))
     return scores
 
 
@@ -412,10 +413,10 @@ def tiling(B: int, H: int, G: int, S: int, D: int, itemsize: int) -> dict[str, i
     """
     block_d = max(triton.next_power_of_2(D), 16)
     block_s = max(TILE // (block_d * itemsize), 16)
-    wanted = min(PROGRAMS // (B * G), triton.cdiv(S, block_s))
+    wanted = min(PROGRAMS // (B * G), triton.cdiv(S, block_s), TOGETHER // block_d)
     return {
         "BLOCK_H": max(triton.next_power_of_2(H // G), 16),
         "BLOCK_D": block_d,
         "BLOCK_S": block_s,
-        "SPLITS": triton.next_power_of_2(wanted // 2 + 1) if wanted > 1 else 1,
+        "SPLITS": 1 << max(wanted, 1).bit_length() - 1,  # down to a power of two
     }
