@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tinysteer as ts
-from tinysteer import ifeval
+from tinysteer import ifeval, quality
 from tinysteer.cli import main
 from tinysteer.experiments import EXPERIMENTS, Settings, geometry, length, reproduce, texts, words
 from tinysteer.experiments.choosing import Trial, choose
@@ -258,7 +258,7 @@ def test_formats_are_steered_where_they_can_be(lab, tmp_path):
         prompts=str(tmp_path / "test"),
     )
     reproduce("format", lab.model, tmp_path / "out", settings)
-    _, each = json.loads((tmp_path / "out/summary.json").read_text())["tables"]
+    _, each, _ = json.loads((tmp_path / "out/summary.json").read_text())["tables"]
     (row,) = each["rows"]
     assert row["w/o unsteered"]["value"] == row["w/o random"]["value"] == 0
     assert row["w/o steered"]["value"] >= 0.9
@@ -283,6 +283,27 @@ def test_the_lens_shows_the_token_that_a_direction_is(tiny, tmp_path):
     token = tiny.tokenizer.vocabulary.token_to_id("A")
     first, *_ = geometry.top_tokens(study(tiny, tmp_path), tiny.decoder.embed.weight[token])
     assert first == "'A'"
+
+
+def test_judges_say_how_varied_a_text_is():
+    assert quality.distinct("", "a b a b") == pytest.approx(2 / 3)
+    assert quality.distinct("", "alone") == 1.0
+    said = quality.judged(["p", "q"], ["a b c a b c", "x y z"], {"its": quality.repeats})
+    assert said == {"its": [pytest.approx(0.25), 0.0]}
+
+
+def test_a_judge_of_ones_own_is_asked_for_each_answer(lab, brief, tmp_path):
+    def length(prompt, response):
+        return float(len(prompt) > 0)
+
+    report = reproduce("format", lab.model, tmp_path, SMALL, judges={"asked": length})
+    assert "| w/, steered | 1 [1, 1] |" in report
+
+
+def test_perplexity_may_judge(tiny):
+    judge = quality.perplexity_under(tiny)
+    fluent, odd = "As a rule, a kite is a toy.", "toy a kite rule a As is."
+    assert judge("", fluent) < judge("", odd)
 
 
 def test_tables_are_markdown():

@@ -7,13 +7,16 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinysteer.experiments.statistics import Estimate
+from tinysteer.experiments.statistics import Estimate, mean
+from tinysteer.experiments.study import Study
+from tinysteer.quality import Judge, judged
 
 Cell = Estimate | float | int | str | None
 
@@ -67,6 +70,24 @@ class Findings:
         text = "\n\n".join(parts) + "\n"
         (out / "report.md").write_text(text, encoding="utf-8")
         return text
+
+
+GROUPS = ("kind", "of", "relation", "setting", "arm", "weight")  # labels that part the answers
+
+
+def quality(study: Study, judges: Mapping[str, Judge]) -> list[Table]:
+    """What judges say of the test answers, by what they are answers of."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for labels, prompt, text in study.said:
+        if "arm" in labels:
+            values = (labels[name] for name in GROUPS if name in labels)
+            name = ", ".join(shown(value) for value in values)
+            groups.setdefault(name, []).append((prompt, text))
+    table = Table("Quality, whether or not an answer follows")
+    for name, pairs in groups.items():
+        values = judged(*zip(*pairs, strict=True), judges)
+        table.rows.append({"": name} | {judge: mean(found) for judge, found in values.items()})
+    return [table] if table.rows else []
 
 
 def shown(cell: Cell) -> str:

@@ -81,6 +81,7 @@ class Study:
             "tinysteer": VERSION,
         }
         self.known = self._read()
+        self.said: list[tuple[dict[str, Any], str, str]] = []  # labels, prompt, answer
 
     def _read(self) -> dict[str, str]:
         """digest -> answer, of a run with the same settings. A line cut short is dropped."""
@@ -135,4 +136,6 @@ class Study:
                 ]
             )
             self.known |= answers
-        return [self.known[digest] for digest in digests]
+        answers = [self.known[digest] for digest in digests]
+        self.said += [(a.labels, a.prompt, text) for a, text in zip(asks, answers, strict=True)]
+        return answers
