@@ -107,9 +107,9 @@ class Cache:
     default all columns from its start.
 
     What changes from step to step is in tensors, so that a captured step goes on from there, and
-    `begin` makes them ready for another batch. Attention may look at the columns up to the last
-    filled one, by blocks of BLOCK; where a step is captured that is `fixed`, and they are all. A
-    row that starts behind its query holds nothing: it neither sees nor changes anything.
+    `begin` makes them ready for another batch. Attention may look at the `filled` columns, rounded
+    up to a multiple of `block`. A row that starts behind its query holds nothing: it neither sees
+    nor changes anything.
     """
 
     BLOCK = 64
@@ -145,7 +145,7 @@ class Cache:
 
     def _place(self, start: Tensor, prompt: int, room: Tensor | None) -> None:
         room = self.length - start if room is None else room
-        self.filled, self.fixed = 0, False
+        self.filled, self.block = 0, self.BLOCK
         self.start.copy_(start)
         self.column.zero_()
         self.last.fill_(prompt - 1)
@@ -161,11 +161,9 @@ class Cache:
 
     def advance(self, T: int) -> tuple[dict[Layer, View], Tensor]:
         """Make room for T columns: each kind of layer's view, and the positions (B, T)."""
-        reach = self.length
-        if not self.fixed:
-            self.filled += T
-            assert self.filled <= self.length, f"{self.filled} columns > {self.length}"
-            reach = min(-(-self.filled // self.BLOCK) * self.BLOCK, self.length)
+        self.filled += T
+        assert self.filled <= self.length, f"{self.filled} columns > {self.length}"
+        reach = min(-(-self.filled // self.block) * self.block, self.length)
         query = self.column + torch.arange(T, device=self.column.device)
         self.column += T
         place = query - self.start[:, None]  # (B, T) within the row's own text

@@ -56,7 +56,9 @@ def choose_layer(
     """The layer of the highest accuracy, or None for no steering, which wins ties.
 
     broken: the share of a layer's texts of too low perplexity, or otherwise spoilt; above
-    `allowed` the layer's accuracy is 0. Among equal layers the lowest wins.
+    `allowed` the layer's accuracy is 0. Among equal layers the lowest wins. (The authors' script
+    also drops unsteered answers of which one is spoilt, by a line that stands there twice, though
+    it means to keep them: not imitated here.)
     """
     found = {layer: 0.0 if broken[layer] > allowed else accuracy[layer] for layer in accuracy}
     layers = sorted(layer for layer in found if layer is not None)

@@ -127,7 +127,9 @@ class Step:
             part, steer = self.cache.part(n), self.seam
             steer = steer.part(n) if isinstance(steer, Fixed) else steer
             x = self.decoder.prefill(tokens.to(self.device), part, steer)
-            self.cache.filled, self.cache.fixed = part.filled, self.capture is not None
+            self.cache.filled = part.filled
+            if self.capture is not None:  # from here on the columns are counted on the device
+                self.cache.filled, self.cache.block = 0, self.length
             self._choose(torch.cat((x, x.new_zeros(spare, *x.shape[1:]))))
 
     @on_its_device
