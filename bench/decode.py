@@ -35,7 +35,7 @@ from stepped import IDLE, OFF, ONE, Replay, Way, change, every, placed, steps_a_
 from timing import Times, measure, record
 
 from tinysteer.model import Decoder
-from tinysteer.stepping import Capture, cuda_graph
+from tinysteer.stepping import Capture, CudaGraphs
 
 LLAMA = "Llama-3.1-8B"
 MODELS = ("Mistral-7B-v0.3", "Phi-3-mini-4k", "Gemma-2-2B", "Gemma-2-9B", "SmolLM2-135M")
@@ -198,7 +198,7 @@ def check() -> None:
     def unwritten(file: str, **result) -> dict:
         return result
 
-    machine = Machine("cuda", cuda_graph, measure, unwritten)
+    machine = Machine("cuda", CudaGraphs(), measure, unwritten)
     if not torch.cuda.is_available():
         sys.path.append(str(Path(__file__).parents[1] / "tests"))
         from dispatch import Tape
@@ -234,7 +234,7 @@ def main() -> None:
         if name == "check":
             check()
             continue
-        part = Part(name, Machine("cuda", cuda_graph, measure, record), copy_bandwidth())
+        part = Part(name, Machine("cuda", CudaGraphs(), measure, record), copy_bandwidth())
         about = f"about {MINUTES[name]} minutes; a copy moves {part.copy_rate / 1e9:.0f} GB/s"
         print(f"{name}: {about}", flush=True)
         print(PARTS[name](part), end="\n\n")

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from tinysteer.families import FAMILIES
 from tinysteer.model import Cache, Decoder, Seam, unsteered
-from tinysteer.stepping import Capture, Steps, cuda_graph
+from tinysteer.stepping import Capture, Steps
 
 PROMPT, N_TOKENS, ROUNDS, K = 32, 64, 3, 4
 THEIRS = f"transformers {transformers.__version__}"
@@ -215,7 +215,7 @@ def compare(
     decoder: Decoder,
     batches: Sequence[int],
     record: Callable[..., dict],
-    capture: Capture = cuda_graph,
+    capture: Capture | None = None,
     strict: bool = False,
 ) -> list[dict]:
     """A result for each batch and way, unsteered and steered; each way runs once before its time.

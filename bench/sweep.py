@@ -62,6 +62,8 @@ def main() -> None:
     ours = ts.load(sys.argv[1], dtype="float32", device="cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
     settings, stops = settings_for(ours), sorted(ours.tokenizer.stop_ids)
+    sweep(ours, PROMPTS[:1], settings, max_new_tokens=2)  # what is done only once, before
+    alone(theirs, ours.tokenizer.chat("Hi"), [], stops)
     print(where(), f"transformers {transformers.__version__}; {ours}", sep="; ", end="\n\n")
     rows = N_LAYERS * N_PROMPTS
     start = time.perf_counter()

@@ -9,9 +9,18 @@ import pytest
 import torch
 
 import tinysteer as ts
-from tinysteer import ifeval, quality
+from tinysteer import quality
 from tinysteer.cli import main
-from tinysteer.experiments import EXPERIMENTS, Settings, geometry, length, reproduce, texts, words
+from tinysteer.experiments import (
+    EXPERIMENTS,
+    Settings,
+    format,
+    geometry,
+    length,
+    reproduce,
+    texts,
+    words,
+)
 from tinysteer.experiments.choosing import Trial, choose
 from tinysteer.experiments.presets import INSTRUCTIONS, preset
 from tinysteer.experiments.report import Table
@@ -115,7 +124,11 @@ def test_a_row_that_is_none_is_named(tmp_path):
 
 @needs_shared
 def test_the_rule_gives_the_papers_layers():
-    """All 124 of Phi-3's and Mistral's: the authors' quirk of layer -1 touches none of them."""
+    """Of 124 of Phi-3's and Mistral's all but six.
+
+    Those are languages, with one prompt each, whose unsteered answer is right and of too low a
+    perplexity: the authors' script then drops "no steering", which should have won the tie.
+    """
     models = {"phi-3": "Phi-3-mini-4k-instruct", "mistral-7b-instruct": "Mistral-7B-Instruct-v0.1"}
     settings = {"no_instr": "w/o", "instr": "w/"}
     seen = defaultdict(lambda: defaultdict(list))
@@ -126,13 +139,22 @@ def test_the_rule_gives_the_papers_layers():
             result = float(row["follow"]), float(row["perplexity"]) < LOW_PERPLEXITY
             seen[group][layer].append(result)
     assert len(seen) == 124
+    languages = {"Phi-3-mini-4k-instruct": "mr ta gu hi", "Mistral-7B-Instruct-v0.1": "bn vi"}
+    dropped = {
+        (model, "w/", f"{texts.LANGUAGE}_{iso}")
+        for model, names in languages.items()
+        for iso in names.split()
+    }
     for (model, setting, instruction), layers in seen.items():
         followed, low = (
             {L: sum(pair[i] for pair in pairs) / len(pairs) for L, pairs in layers.items()}
             for i in (0, 1)
         )
-        chosen = choose_layer(followed, low)
-        assert chosen == preset(f"owner/{model}").layers[setting][instruction]
+        expected = preset(f"owner/{model}").layers[setting][instruction]
+        if (model, setting, instruction) in dropped:
+            assert (followed[None], low[None], followed[expected]) == (1, 1, 1)
+            expected = None
+        assert choose_layer(followed, low) == expected
 
 
 def test_presets_are_those_of_the_papers_models_alone():
@@ -214,6 +236,117 @@ def test_what_is_asked_twice_is_answered_once(model, tmp_path):
     assert row["for"] == [{"i": 0}] * 3
 
 
+def test_a_batch_that_was_cut_short_keeps_its_first_answers(model, tmp_path, monkeypatch):
+    """Later calls share some of what they ask; whatever is asked again, the first answer counts."""
+    torch.manual_seed(0)
+    asked, times = asks(model, 4), []
+
+    def complete(prompts, *_, **__):
+        times.append(1)
+        return [f"{prompt}{len(times)}" for prompt in prompts]
+
+    monkeypatch.setattr(model, "complete", complete)
+    run = study(model, tmp_path, batch_size=4)
+    first = run.answer(asked[:2], 5)
+    both = run.answer(asked, 5)
+    assert both[:2] == first
+    again = study(model, tmp_path, batch_size=4)
+    assert again.answer(asked[:2], 5) == first
+    assert again.answer(asked, 5) == both
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(lines[:4]) + lines[4][:9])
+    torn = study(model, tmp_path, batch_size=4)
+    assert torn.answer(asked, 5)[:3] == both[:3]
+
+
+def test_vectors_of_a_run_that_goes_on_are_the_same(tiny, vectors, tmp_path):
+    made = []
+    for _ in range(2):
+        v = study(tiny, tmp_path).vector("a: b", lambda: made.append(1) or vectors["brief"])
+    assert len(made) == 1
+    assert v == vectors["brief"]
+
+
+def test_answers_end_where_the_context_does(model, tmp_path):
+    run = study(model, tmp_path)
+    run.answer([Ask("x"), Ask("a longer prompt")], 2048)
+    longest = len(model.tokenizer.ids("a longer prompt", True))
+    assert run.notes == [f"The context leaves room for {128 - longest} new tokens at most."]
+
+
+def test_controls_are_other_directions_of_the_same_norms(lab, brief, tmp_path):
+    run = study(lab.model, tmp_path)
+    for found in format.all_instructed(run, lab.model).values():
+        cosine = (found.vector.directions * found.control.directions).sum(-1)
+        assert cosine.abs().max() < 0.4
+        torch.testing.assert_close(found.vector.norms, found.control.norms)
+        (edit,), (other,) = (found.edits(2, "all", control) for control in (False, True))
+        assert torch.equal(edit.direction, found.vector.directions[2])
+        assert torch.equal(other.direction, found.control.directions[2])
+
+
+def test_words_are_put_in_by_a_positive_and_kept_out_by_a_negative_weight(
+    lab, brief, tmp_path, monkeypatch
+):
+    asked, answer = [], Study.answer
+    weights = {"include": 5.0, "exclude": -7.0}
+
+    def listen(self, asks, *rest):
+        asked.extend(asks)
+        return answer(self, asks, *rest)
+
+    monkeypatch.setattr(Study, "answer", listen)
+    monkeypatch.setattr(words, "choose_weight", lambda _, __, kind: ((2, weights[kind]), []))
+    run = study(lab.model, tmp_path, limit=2, max_new_tokens=2)
+    words.run(run)
+    known, seen = words.Words(run), {}
+    for ask in asked:
+        kind, arm = ask.labels["kind"], ask.labels["arm"]
+        word = words.word_of(words.test_items(run, kind)[ask.labels["row"]])
+        right = known.vector("exclude" if arm == "own" else "include", word).directions[2]
+        for edit in ask.edits:
+            seen[kind, arm] = edit.move.bias, torch.equal(edit.direction, right)
+    assert seen == {
+        ("include", "steered"): (5.0, True),
+        ("include", "random"): (5.0, False),
+        ("exclude", "steered"): (-7.0, True),
+        ("exclude", "random"): (-7.0, False),
+        ("exclude", "own"): (7.0, True),
+    }
+
+
+def test_settings_that_cannot_be_are_refused_at_once(model, tmp_path):
+    for wrong in ({"limit": 0}, {"validation": -1}, {"step": 0}):
+        with pytest.raises(ValueError, match="it must be 1 or more"):
+            Settings(**wrong)
+    with pytest.raises(ValueError, match="of each setting, w/o and w/"):
+        Settings(layers={"cross": {}})
+    with pytest.raises(ValueError, match="layer 99: this model has layers 0 to 3"):
+        study(model, tmp_path / "a", layer=99)
+    with pytest.raises(ValueError, match="format takes no vectors from elsewhere"):
+        reproduce("format", model, tmp_path / "b", source=model)
+    row = {"prompt": "a b", "prompt_without_instruction": "a", "kwargs": [{}]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row | {"instruction_id_list": ["punctuation:no_comma"]}))
+    with pytest.raises(ValueError, match="has no rows of keywords:existence or keywords:forbidden"):
+        reproduce("words", model, tmp_path / "c", Settings(prompts=str(file)))
+
+
+def test_some_of_a_users_pairs_are_held_out_for_validation(model, tmp_path):
+    row = {"prompt": "a, b", "kwargs": [{}], "instruction_id_list": ["punctuation:no_comma"]}
+    rows = [row | {"prompt_without_instruction": f"{i}"} for i in range(7)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    made, held = format.pairs_of(study(model, tmp_path / "run", pairs=str(file), validation=3))
+    assert [item.request for item in made["punctuation:no_comma"]] == ["0", "1", "2", "3"]
+    assert [item.request for item in held["punctuation:no_comma"]] == ["4", "5", "6"]
+
+
+@needs_shared
+def test_the_papers_requests_are_read():
+    assert len(texts.read_requests(SHARED / "data/base_queries.jsonl")) > 500
+
+
 def test_another_run_in_the_same_folder_is_refused(model, tmp_path):
     study(model, tmp_path)
     with pytest.raises(ValueError, match=r"holds another run \(settings differ\): choose another"):
@@ -281,7 +414,10 @@ def test_similarity_is_what_brute_force_gives():
 
 def test_the_lens_shows_the_token_that_a_direction_is(tiny, tmp_path):
     token = tiny.tokenizer.vocabulary.token_to_id("A")
-    first, *_ = geometry.top_tokens(study(tiny, tmp_path), tiny.decoder.embed.weight[token])
+    gain = tiny.decoder.norm.weight
+    assert gain.std() > 0  # it counts
+    row = torch.nn.functional.normalize(tiny.decoder.embed.weight[token], dim=0)
+    first, *_ = geometry.top_tokens(study(tiny, tmp_path), row / gain)
     assert first == "'A'"
 
 
@@ -311,9 +447,12 @@ def test_tables_are_markdown():
     assert table.markdown().split("\n")[-1] == "| a\\|b | 100.0 [20.7, 100.0] | - | 0.123 |"
 
 
-def test_sentences_are_counted_as_ifeval_counts_them():
-    assert length.RELATIONS["at most"](len(ifeval.sentences("One. Two! Three?")), 3)
-    assert not length.RELATIONS["exactly"](len(ifeval.sentences("One. Two.")), 3)
+def test_answers_are_held_to_the_number_of_sentences():
+    three = "One. Two! Three?"
+    assert [length.has_sentences(three, "at most", n) for n in (2, 3, 4)] == [False, True, True]
+    assert [length.has_sentences(three, "exactly", n) for n in (2, 3, 4)] == [False, True, False]
+    assert [length.has_sentences(three, "at least", n) for n in (2, 3, 4)] == [True, True, False]
+    assert not length.has_sentences(" ", "at most", 5)
 
 
 # The command.

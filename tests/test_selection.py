@@ -14,7 +14,7 @@ CHOICES = {
     "then the lowest layer": ({None: 0.1, 1: 0.2, 3: 0.9, 5: 0.9}, {}, 3),
     "one text of low perplexity disqualifies": ({None: 0.1, 1: 0.3, 3: 0.9, 5: 0.4}, {3: 0.01}, 5),
     "all disqualified": ({None: 0.0, 1: 0.3, 3: 0.9, 5: 0.4}, {1: 0.5, 3: 0.5, 5: 1.0}, None),
-    "no steering can be disqualified too": ({None: 1.0, 1: 0.3, 3: 0.2, 5: 0.1}, {None: 0.1}, 1),
+    "no steering keeps what it has": ({None: 1.0, 1: 0.3, 3: 0.2, 5: 0.1}, {None: 0.1}, None),
 }
 
 
@@ -37,8 +37,9 @@ def test_layers_tried_are_the_papers():
 
 
 def test_a_layer_may_come_with_a_weight_and_steering_be_a_must():
-    accuracy = {(1, 2.0): 0.5, (1, 1.0): 0.5, (3, 1.0): 0.9}
-    assert choose_layer(accuracy, dict.fromkeys(accuracy, 0.0) | {(3, 1.0): 0.1}) == (1, 1.0)
+    accuracy = {(1, -1.0): 0.5, (1, -2.0): 0.5, (3, -1.0): 0.9}
+    low = dict.fromkeys(accuracy, 0.0) | {(3, -1.0): 0.1}
+    assert choose_layer(accuracy, low) == (1, -1.0)  # of equals the one that was given first
 
 
 def test_repetition_counts_what_recurs():

@@ -56,12 +56,15 @@ def choose_layer(
     """The layer of the highest accuracy, or None for no steering, which wins ties.
 
     broken: the share of a layer's texts of too low perplexity, or otherwise spoilt; above
-    `allowed` the layer's accuracy is 0. Among equal layers the lowest wins. (The authors' script
-    also drops unsteered answers of which one is spoilt, by a line that stands there twice, though
-    it means to keep them: not imitated here.)
+    `allowed` the layer's accuracy is 0, which no steering keeps. (In the authors' script it loses
+    it too, by a line that stands there twice: not imitated.) Of equals the first wins: give layers
+    from the lowest up, weights from the weakest.
     """
-    found = {layer: 0.0 if broken[layer] > allowed else accuracy[layer] for layer in accuracy}
-    layers = sorted(layer for layer in found if layer is not None)
+    found = {
+        layer: 0.0 if layer is not None and broken[layer] > allowed else accuracy[layer]
+        for layer in accuracy
+    }
+    layers = [layer for layer in found if layer is not None]
     return max([None] * (None in found) + layers, key=found.__getitem__)
 
 

@@ -31,17 +31,17 @@ def reproduce(
     model: LanguageModel,
     out: str | Path,
     settings: Settings | None = None,
-    judge: LanguageModel | None = None,
+    reader: LanguageModel | None = None,
     source: LanguageModel | None = None,
     judges: Mapping[str, Judge] = JUDGES,
 ) -> str:
     """Run an experiment -> its report; answers, summary and pictures are in the folder `out`.
 
-    A run that was stopped goes on where it was. judge: whose perplexity tells spoilt texts when
-    layers are chosen (the paper: GPT-2); default the model itself. source: where vectors come from
-    in "transfer". judges: what is said of the answers' quality, by name. ValueError for what is no
-    experiment, for a folder that holds another run, and for extras that are missing: before
-    anything is run.
+    A run that was stopped goes on where it was. reader: to whose perplexity a text is spoilt when
+    layers are chosen, and is judged after; default the model itself, and not judged. source: where
+    vectors come from in "transfer", "length" and "words". judges: what is said of the answers'
+    quality, by name. ValueError for what is no experiment, for a folder that holds another run, and
+    for extras that are missing: before anything is run.
     """
     if experiment not in EXPERIMENTS:
         raise ValueError(f"{experiment!r} is no experiment: {', '.join(EXPERIMENTS)}")
@@ -53,8 +53,11 @@ def reproduce(
                 'pip install "tinysteer[eval]"'
             )
     began = time.perf_counter()
-    study = Study(experiment, model, Path(out), settings or Settings(), judge, source)
+    if source and experiment not in ("transfer", "length", "words"):
+        raise ValueError(f"{experiment} takes no vectors from elsewhere: leave out the source")
+    study = Study(experiment, model, Path(out), settings or Settings(), reader, source)
     findings = EXPERIMENTS[experiment](study)
+    findings.notes += dict.fromkeys(study.notes)
     findings.tables += quality(study, judges)
     report = findings.write(study.out, study.about, time.perf_counter() - began)
     if importlib.util.find_spec("matplotlib"):

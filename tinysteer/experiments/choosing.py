@@ -19,12 +19,12 @@ class Trial(NamedTuple):
 def choose(study: Study, trials: Sequence[Trial]) -> tuple[dict, list[dict]]:
     """-> each group's choice, and what every choice did: accuracy, and the share of spoilt texts.
 
-    Spoilt is a text of a perplexity below LOW_PERPLEXITY under the judge: it repeats itself. The
-    paper's judge is GPT-2 and allows none. Without another model as judge the model reads its own
-    texts, finds nearly all likely, and as many may be spoilt as without steering.
+    Spoilt is a text of a perplexity below LOW_PERPLEXITY to the study's reader: it repeats itself.
+    The paper's reader is GPT-2, no family of ours, and allows none. Without a reader the model
+    reads its own texts, finds most of them likely, and as many may be spoilt as without steering.
     """
     texts = study.answer([trial.ask for trial in trials], study.settings.validation_tokens)
-    found = perplexity(study.judge or study.model, texts, batch_size=study.settings.batch_size)
+    found = perplexity(study.reader or study.model, texts, batch_size=study.settings.batch_size)
     seen: dict[Hashable, dict[Any, list[tuple[bool, bool]]]] = {}
     for trial, text, value in zip(trials, texts, found, strict=True):
         followed, spoilt = trial.check(text), value < LOW_PERPLEXITY
@@ -33,7 +33,7 @@ def choose(study: Study, trials: Sequence[Trial]) -> tuple[dict, list[dict]]:
     for group, choices in seen.items():
         accuracy = {choice: average(f for f, _ in pairs) for choice, pairs in choices.items()}
         spoilt = {choice: average(s for _, s in pairs) for choice, pairs in choices.items()}
-        chosen[group] = choose_layer(accuracy, spoilt, 0.0 if study.judge else spoilt[None])
+        chosen[group] = choose_layer(accuracy, spoilt, 0.0 if study.reader else spoilt[None])
         rows += [
             {"group": group, "choice": c, "accuracy": accuracy[c], "spoilt": spoilt[c]}
             for c in choices

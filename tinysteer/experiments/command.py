@@ -21,7 +21,7 @@ def add_parser(commands) -> None:
     one.add_argument("--prompts", metavar="JSONL", help="test prompts in place of the built-in")
     one.add_argument("--pairs", metavar="JSONL", help="pairs for formats, likewise")
     one.add_argument("--source", metavar="MODEL", help="transfer: where the vectors come from")
-    one.add_argument("--judge", metavar="MODEL", help="whose perplexity tells spoilt texts")
+    one.add_argument("--reader", metavar="MODEL", help="to whose perplexity a text is spoilt")
     one.add_argument("--layers", metavar="JSON", help="a summary.json whose layers to take")
     one.add_argument("--layer", type=int, metavar="L", help="for lengths and words")
     one.add_argument("--weights", type=float, nargs="+", metavar="W", help="to sweep, likewise")
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
         prompts=options.prompts,
         pairs=options.pairs,
     )
-    names = {"model": options.model, "judge": options.judge, "source": options.source}
+    names = {"model": options.model, "reader": options.reader, "source": options.source}
     models = {k: load(name, options.dtype, options.device) for k, name in names.items() if name}
     out = options.out or f"{options.experiment}-{Path(options.model).name}"
     print(reproduce(options.experiment, out=out, settings=settings, **models), end="")

@@ -19,6 +19,7 @@ from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.statistics import share
 from tinysteer.experiments.study import Ask, Study
 from tinysteer.experiments.texts import (
+    LANGUAGE,
     Item,
     checkable,
     format_items,
@@ -31,6 +32,7 @@ from tinysteer.selection import sweep_layers
 from tinysteer.vectors import SteeringVector
 
 SETTINGS = {"w/o": "request", "w/": "prompt"}  # which text of an item is the prompt
+FAMILIES = ("change_case", "detectable_format", "language", "punctuation", "startend")
 TOKENS = 2048
 NOTE = (
     "w/o, w/: the prompt is without or with the instruction. Where there is no layer, a row is "
@@ -53,25 +55,63 @@ class Instructed:
 
 def all_instructed(study: Study, model: LanguageModel) -> dict[str, Instructed]:
     """The vector of every instruction that there are pairs of."""
-    file, size = study.settings.pairs, study.settings.batch_size
-    pairs = of_instruction(read_items(file) if file else format_items("pairs"))
+    size, found = study.settings.batch_size, {}
     plain: dict[tuple[str, ...], MeanResiduals] = {}  # instructions may share their requests
-    found = {}
-    for name, items in tqdm(pairs.items(), "vectors", leave=False, disable=None):
+
+    def without(items: Sequence[Item]) -> MeanResiduals:
         requests = tuple(item.request for item in items)
         if requests not in plain:
             plain[requests] = mean_residuals(model, requests, batch_size=size)
-        without, asked = plain[requests], [item.prompt for item in items]
-        vector = extract(model, asked, without, name=name, batch_size=size)
-        control = vector.random_like(zlib.crc32(name.encode()), without.mean)
-        found[name] = Instructed(vector, control)
+        return plain[requests]
+
+    def make(name: str, items: Sequence[Item]) -> SteeringVector:
+        asked = [item.prompt for item in items]
+        return extract(model, asked, without(items), name=name, batch_size=size)
+
+    def control(name: str, items: Sequence[Item]) -> SteeringVector:
+        seed = zlib.crc32(name.encode())
+        return found_vector(name, items).random_like(seed, without(items).mean)
+
+    def found_vector(name: str, items: Sequence[Item]) -> SteeringVector:
+        return study.vector(f"{name} of {model.name}", lambda: make(name, items))
+
+    for name, items in tqdm(pairs_of(study)[0].items(), "vectors", leave=False, disable=None):
+        found[name] = Instructed(
+            found_vector(name, items),
+            study.vector(f"{name} of {model.name}, random", lambda n=name, i=items: control(n, i)),
+        )
     return found
+
+
+def pairs_of(study: Study) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
+    """What vectors are made of, and what layers are validated on, by instruction.
+
+    Of a user's pairs the last `validation` are held out where at least as many remain.
+    """
+    file, n = study.settings.pairs, study.settings.validation
+    if not file:
+        validation = of_instruction(format_items("validation"))
+        return of_instruction(format_items("pairs")), first(validation, n)
+    pairs = of_instruction(read_items(file))
+    held = {name: items[-n:] if len(items) >= 2 * n else items for name, items in pairs.items()}
+    made = {name: items[:-n] if len(items) >= 2 * n else items for name, items in pairs.items()}
+    return made, first({name: checkable(items) for name, items in held.items()}, n)
+
+
+def first(items: Mapping[str, Sequence[Item]], n: int) -> dict[str, list[Item]]:
+    """So many of each instruction; of a language one, as in the paper."""
+    return {name: list(i[: 1 if name.startswith(LANGUAGE) else n]) for name, i in items.items()}
 
 
 def test_items(study: Study) -> list[Item]:
     file = study.settings.prompts
-    items = checkable(read_items(file) if file else format_items("test"))
-    return items[: study.settings.limit]
+    items = [i for i in read_items(file) if i.family in FAMILIES] if file else format_items("test")
+    if not items:
+        raise ValueError(f"{file} has no row of one instruction about {', '.join(FAMILIES)}")
+    whole = checkable(items)
+    if len(whole) < len(items):
+        study.notes.append(f"{len(items) - len(whole)} rows do not say what their check needs.")
+    return whole[: study.settings.limit]
 
 
 def follows(item: Item, text: str) -> bool:
@@ -92,8 +132,7 @@ def choose_layers(
     known = study.settings.layers or preset(study.model.name, source).layers
     if known:
         return {s: {name: known[s].get(name) for name in wanted} for s in SETTINGS}, []
-    file = study.settings.pairs
-    rows = checkable(read_items(file) if file else format_items("validation"))
+    _, validation = pairs_of(study)
     trials = [
         Trial(
             (setting, name),
@@ -106,10 +145,10 @@ def choose_layers(
             partial(follows, item),
         )
         for setting, text in SETTINGS.items()
-        for name, items in of_instruction(rows).items()
+        for name, items in validation.items()
         if name in wanted and name in vectors
         for layer in sweep_layers(study.model.config.n_layers, study.settings.step)
-        for item in items[: study.settings.validation]
+        for item in items
     ]
     chosen, rows = choose(study, trials)
     layers = {
@@ -121,13 +160,28 @@ def choose_layers(
 def run(study: Study) -> Findings:
     items = test_items(study)
     vectors = all_instructed(study, study.model)
-    layers, validated = choose_layers(study, vectors, list(of_instruction(items)))
+    wanted = list(of_instruction(items))
+    layers, validated = choose_layers(study, vectors, wanted)
     tables = accuracies(study, items, {"steered": (vectors, layers)})
     data = {"layers": layers, "validation": [flat(row) for row in validated]}
-    return Findings(tables, [NOTE], data)
+    return Findings(tables, [NOTE, *remarks(study, items, vectors)], data)
 
 
-Way = tuple[Mapping[str, Instructed], Mapping[str, Mapping[str, int | None]]]  # and layers
+def remarks(study: Study, items: Sequence[Item], vectors: Mapping[str, Instructed]) -> list[str]:
+    """What a reader of the numbers should know of the texts."""
+    found, missing = [], sorted({item.instruction for item in items} - set(vectors))
+    if missing:
+        found.append(f"Without pairs, and so unsteered: {', '.join(missing)}.")
+    used = {item.request for part in pairs_of(study) for rows in part.values() for item in rows}
+    shared = sum(item.request in used for item in items)
+    if shared:
+        found.append(f"{shared} of the {len(items)} requests are also among the pairs' requests.")
+    return found
+
+
+Vectors = Mapping[str, Instructed]  # by instruction
+Layers = Mapping[str, Mapping[str, int | None]]  # by setting and instruction
+Way = tuple[Vectors, Layers]
 
 
 def accuracies(study: Study, items: Sequence[Item], ways: Mapping[str, Way]) -> list[Table]:

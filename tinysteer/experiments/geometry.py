@@ -68,10 +68,12 @@ def similarity(study: Study) -> Findings:
 
 @torch.no_grad()
 def top_tokens(study: Study, direction: Tensor) -> list[str]:
-    """The tokens whose rows of the head agree most with a direction (D,)."""
+    """The tokens whose rows of the head, with the last norm's gain, agree most with u (D,)."""
     decoder, tokenizer = study.model.decoder, study.model.tokenizer
     head = decoder.embed.weight if decoder.config.tied else decoder.head.weight
-    best = (head.float() @ direction.to(head.device).float()).topk(TOP).indices.tolist()
+    gain = decoder.norm.weight.float() + decoder.norm.offset
+    u = direction.to(head.device).float() * gain
+    best = (head.float() @ u).topk(TOP).indices.tolist()
     return [repr(tokenizer.vocabulary.decode([i], skip_special_tokens=False)) for i in best]
 
 
@@ -84,4 +86,4 @@ def lens(study: Study) -> Findings:
             for what, vector in (("", instructed.vector), (", random", instructed.control)):
                 tokens = top_tokens(study, vector.directions[layer])
                 table.rows.append({"": name + what, "layer": layer, "tokens": " ".join(tokens)})
-    return Findings([table], ["u times the head's rows, without the last norm, as in the paper."])
+    return Findings([table], ["u times the last norm's gain times the head's rows."])

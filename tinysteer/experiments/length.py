@@ -1,5 +1,7 @@
 """Length: words by the weight of conciseness or verbosity, and numbers of sentences (paper, 4)."""
 
+import functools
+import zlib
 from collections.abc import Sequence
 from statistics import median
 
@@ -9,8 +11,14 @@ from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.statistics import mean, share
 from tinysteer.experiments.study import Ask, Study
-from tinysteer.experiments.texts import built_in, in_turn, read_items, requests, sentences_wordings
-from tinysteer.extraction import MeanResiduals, extract, mean_residuals
+from tinysteer.experiments.texts import (
+    built_in,
+    in_turn,
+    read_requests,
+    requests,
+    sentences_wordings,
+)
+from tinysteer.extraction import extract, mean_residuals
 from tinysteer.vectors import SteeringVector
 
 CLASSES = {"concise": "extra short", "verbose": "extra verbose"}
@@ -38,7 +46,7 @@ class Lengths:
         self.layer = self.layer if given is None else given
         self.base = requests("pairs")
         size = study.settings.batch_size
-        self.plain: MeanResiduals = mean_residuals(model, self.base, batch_size=size)
+        self.plain = functools.cache(lambda: mean_residuals(model, self.base, batch_size=size))
         self.vectors = {
             name: self._vector(in_turn(self.base, built_in()["length"][wordings]), name)
             for name, wordings in CLASSES.items()
@@ -46,7 +54,10 @@ class Lengths:
 
     def _vector(self, asked: Sequence[str], name: str) -> SteeringVector:
         model, size = self.study.source or self.study.model, self.study.settings.batch_size
-        return extract(model, asked, self.plain, name=name, batch_size=size)
+        return self.study.vector(
+            f"{name} of {model.name}",
+            lambda: extract(model, asked, self.plain(), name=name, batch_size=size),
+        )
 
     def of_sentences(self, n: int) -> SteeringVector:
         """The vector of "exactly n sentences"."""
@@ -70,15 +81,14 @@ class Lengths:
 
 
 def run(study: Study) -> Findings:
-    lengths = Lengths(study)
     file = study.settings.prompts
-    prompts = [item.request for item in read_items(file)] if file else requests("test")
-    prompts = prompts[: study.settings.limit]
+    prompts = (read_requests(file) if file else requests("test"))[: study.settings.limit]
+    lengths = Lengths(study)
     words, histograms = sweep(study, lengths, prompts)
     notes = [
         f"Vectors are added at layer {lengths.layer}. The prompt of a sweep says nothing of length."
     ]
-    tables = [words, constraints(study, lengths, prompts)]
+    tables = [words, *constraints(study, lengths, prompts)]
     return Findings(tables, notes, {"words": histograms})
 
 
@@ -86,7 +96,7 @@ def sweep(study: Study, lengths: Lengths, prompts: Sequence[str]) -> tuple[Table
     """Words of answers by weight."""
     arms = []
     for name, vector in lengths.vectors.items():
-        control = vector.random_like(1)
+        control = vector.random_like(zlib.crc32(name.encode()))
         for weight in lengths.sweep(vector):
             arms.append((name, weight, vector))
             if weight:
@@ -107,7 +117,7 @@ def sweep(study: Study, lengths: Lengths, prompts: Sequence[str]) -> tuple[Table
     return table, counts
 
 
-def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> Table:
+def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[Table]:
     """Numbers of sentences, asked for in the prompt, unsteered, steered, and at random."""
     exact = {n: lengths.of_sentences(n) for n in SENTENCES}
     vectors = {
@@ -122,7 +132,7 @@ def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> Table
             arms = {
                 "unsteered": [],
                 "steered": lengths.edits(vector, lengths.weight(vector)),
-                "random": lengths.edits(vector.random_like(n), lengths.weight(vector)),
+                "random": lengths.edits(control(vector, relation, n), lengths.weight(vector)),
             }
             asked = in_turn(prompts, sentences_wordings(relation, n))
             for arm, edits in arms.items():
@@ -131,13 +141,38 @@ def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> Table
                     asks.append(Ask(prompt, edits, labels))
                     places.append((relation, n, arm))
     texts = study.answer(asks, study.settings.max_new_tokens or TOKENS)
-    hits: dict[tuple[str, str], list[bool]] = {}
+    hits: dict[tuple[str, int, str], list[bool]] = {}
     for (relation, n, arm), text in zip(places, texts, strict=True):
-        good = bool(text.strip()) and RELATIONS[relation](len(ifeval.sentences(text)), n)
-        hits.setdefault((relation, arm), []).append(good)
-    rows = [
-        {"": f"{relation} n"}
-        | {arm: share(hits[relation, arm]) for arm in ("unsteered", "steered", "random")}
+        hits.setdefault((relation, n, arm), []).append(has_sentences(text, relation, n))
+    arms = ("unsteered", "steered", "random")
+    each = [
+        {"": f"{relation} {n}"} | {arm: share(hits[relation, n, arm]) for arm in arms}
+        for relation in RELATIONS
+        for n in SENTENCES
+    ]
+    # Of all n together a prompt counts once, with its share: its five answers are not independent.
+    whole = [
+        {"": relation}
+        | {
+            arm: mean(
+                [
+                    100 * sum(answers) / len(answers)
+                    for answers in zip(*(hits[relation, n, arm] for n in SENTENCES), strict=True)
+                ]
+            )
+            for arm in arms
+        }
         for relation in RELATIONS
     ]
-    return Table(f"Answers of the number of sentences asked for, n = 1 to {SENTENCES[-1]}", rows)
+    return [
+        Table(f"Percent of the number of sentences asked for, n = 1 to {SENTENCES[-1]}", whole),
+        Table("Percent by number", each),
+    ]
+
+
+def has_sentences(text: str, relation: str, n: int) -> bool:
+    return bool(text.strip()) and RELATIONS[relation](len(ifeval.sentences(text)), n)
+
+
+def control(vector: SteeringVector, relation: str, n: int) -> SteeringVector:
+    return vector.random_like(zlib.crc32(f"{relation} {n}".encode()))

@@ -21,19 +21,38 @@ Checks = dict[str, Callable[[int, str], bool]]  # name -> whether row i's answer
 
 
 def run(study: Study) -> Findings:
+    """`prompts` are those of the formats; words to avoid are the built-in ones."""
     items = format.test_items(study)
+    if LOWERCASE not in format.pairs_of(study)[0]:
+        raise ValueError(f"{study.settings.pairs} has no pairs of {LOWERCASE}")
     vectors = format.all_instructed(study, study.model)
     wanted = [*dict.fromkeys([*of_instruction(items), LOWERCASE])]
-    layers, _ = format.choose_layers(study, vectors, wanted)
+    layers, validated = format.choose_layers(study, vectors, wanted)
+    known = words.Words(study)
+    choice, grid = words.choose_weight(study, known, "exclude")
+    lengths = length.Lengths(study)
     tables = [
-        format_and_length(study, items, vectors, layers),
-        lowercase_and_word(study, vectors, layers),
+        format_and_length(study, items, vectors, layers, lengths),
+        lowercase_and_word(study, vectors, layers, known, choice),
     ]
-    return Findings(tables, ["w/o, w/: the prompt is without or with both instructions."])
+    concise = lengths.weight(lengths.vectors["concise"])
+    notes = [
+        "w/o, w/: the prompt is without or with both instructions.",
+        f"Conciseness: weight {concise:.3g} at layer {lengths.layer}. Words: {words.told(choice)}",
+        *format.remarks(study, items, vectors),
+    ]
+    validation = [format.flat(row) for row in validated]
+    return Findings(tables, notes, {"layers": layers, "validation": validation, "weights": grid})
 
 
-def format_and_length(study: Study, items: Sequence[Item], vectors, layers) -> Table:
-    lengths, draw = length.Lengths(study), random.Random(42)
+def format_and_length(
+    study: Study,
+    items: Sequence[Item],
+    vectors: format.Vectors,
+    layers: format.Layers,
+    lengths: length.Lengths,
+) -> Table:
+    draw = random.Random(42)
     limits = [draw.randint(1, 5) for _ in items]
     concise = lengths.vectors["concise"]
     weight = lengths.weight(concise)
@@ -60,10 +79,14 @@ def format_and_length(study: Study, items: Sequence[Item], vectors, layers) -> T
     )
 
 
-def lowercase_and_word(study: Study, vectors, layers) -> Table:
-    known, items = words.Words(study), words.test_items(study, "exclude")
-    items = items or words.builtin_items("exclude", "test")[: study.settings.limit]
-    choice = words.choose_weight(study, known, "exclude")
+def lowercase_and_word(
+    study: Study,
+    vectors: format.Vectors,
+    layers: format.Layers,
+    known: words.Words,
+    choice: tuple[int, float] | None,
+) -> Table:
+    items = words.builtin_items("exclude", "test")[: study.settings.limit]
     wordings = built_in()["formats"][LOWERCASE]["wordings"]
 
     def edits(i: int, setting: str, at_random: bool) -> list[Edit]:

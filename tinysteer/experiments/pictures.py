@@ -1,11 +1,14 @@
 """Pictures of what an experiment found. Needs matplotlib: the extra `tinysteer[plot]`."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinysteer.experiments.report import Findings
 from tinysteer.experiments.statistics import Estimate
+
+NOTHING = Estimate(0.0, 0.0, 0.0, 0, "Wilson")  # where a row has no such bar
 
 
 def draw(findings: Findings, out: Path) -> list[Path]:
@@ -19,7 +22,11 @@ def draw(findings: Findings, out: Path) -> list[Path]:
     data = findings.data
     made.append(histograms(data["words"], out) if "words" in data else None)
     made.append(lines(data["curves"], out) if "curves" in data else None)
-    made.append(heat_map(data["validation"], out) if data.get("validation") else None)
+    validation = data.get("validation", [])
+    for vectors in dict.fromkeys(row.get("vectors", "") for row in validation):
+        rows = [row for row in validation if row.get("vectors", "") == vectors]
+        if rows[0].get("instruction"):
+            made.append(heat_map(rows, out, f"layers {vectors}".strip()))
     return [path for path in made if path]
 
 
@@ -40,13 +47,14 @@ def save(chart, out: Path, name: str) -> Path:
 
 def bars(title: str, rows: Sequence[dict], out: Path) -> Path | None:
     """Shares with their intervals: a group of bars a row."""
-    names = [k for k, v in rows[0].items() if isinstance(v, Estimate) and v.interval == "Wilson"]
+    shares = [k for row in rows for k, v in row.items() if isinstance(v, Estimate)]
+    names = [k for k in dict.fromkeys(shares) if is_share(rows, k)]
     if not names:
         return None
     chart, axes = figure(2 + 0.25 * len(rows) * len(names), 4)
     width = 0.8 / len(names)
     for j, name in enumerate(names):
-        cells = [row[name] for row in rows]
+        cells = [row[name] or NOTHING for row in rows]
         values = [100 * c.value for c in cells]
         low = [max(100 * (c.value - c.low), 0) for c in cells]
         high = [max(100 * (c.high - c.value), 0) for c in cells]
@@ -56,7 +64,11 @@ def bars(title: str, rows: Sequence[dict], out: Path) -> Path | None:
     axes.tick_params(axis="x", rotation=30 if len(rows) > 3 else 0)
     axes.set(ylabel="percent", ylim=(0, 105), title=title)
     axes.legend(fontsize="small")
-    return save(chart, out, "accuracy " + title.split(":")[0].split(",")[0].lower())
+    return save(chart, out, re.sub(r"\W+", "-", title.split(" in percent")[0].lower()))
+
+
+def is_share(rows: Sequence[dict], name: str) -> bool:
+    return all(row[name] is None or row[name].interval == "Wilson" for row in rows)
 
 
 def histograms(words: dict[str, list[int]], out: Path) -> Path:
@@ -87,7 +99,7 @@ def lines(curves: dict[str, dict[str, list[float]]], out: Path) -> Path:
     return save(chart, out, "similarity")
 
 
-def heat_map(validation: Sequence[dict[str, Any]], out: Path) -> Path:
+def heat_map(validation: Sequence[dict[str, Any]], out: Path, name: str) -> Path:
     """Validation accuracy by instruction and layer, the prompts without the instruction."""
     rows = [row for row in validation if row["setting"] == "w/o"]
     names = list(dict.fromkeys(row["instruction"] for row in rows))
@@ -102,4 +114,4 @@ def heat_map(validation: Sequence[dict[str, Any]], out: Path) -> Path:
     axes.set_yticks(range(len(names)), [name.split(":")[-1] for name in names])
     axes.set(xlabel="layer", title="validation accuracy, without the instruction")
     chart.colorbar(image)
-    return save(chart, out, "layers")
+    return save(chart, out, name)

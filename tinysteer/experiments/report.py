@@ -17,6 +17,7 @@ import torch
 from tinysteer.experiments.statistics import Estimate, mean
 from tinysteer.experiments.study import Study
 from tinysteer.quality import Judge, judged
+from tinysteer.selection import perplexity
 
 Cell = Estimate | float | int | str | None
 
@@ -47,10 +48,11 @@ class Findings:
 
     def write(self, out: Path, about: dict[str, Any], seconds: float) -> str:
         """summary.json and report.md in a folder -> the report."""
-        about = about | where() | {"seconds": round(seconds)}
+        about = about | where(about["device"]) | {"seconds": round(seconds)}
         tables = [table.as_dict() for table in self.tables]
         summary = about | {"notes": self.notes, "tables": tables, "data": self.data}
-        (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        (out / "summary.json").write_text(text, encoding="utf-8")
         kinds = {
             cell.interval
             for table in self.tables
@@ -62,7 +64,7 @@ class Findings:
         head = [
             f"# {about['experiment']}: {about['model']}",
             f"{about['dtype']}, {about['device']}, torch {about['torch']}, {about['date']}, "
-            f"{about['seconds']} s; `{about['command']}`",
+            f"{about['seconds']} s since it was last begun; `{about['command']}`",
             *self.notes,
             brackets,
         ]
@@ -86,6 +88,9 @@ def quality(study: Study, judges: Mapping[str, Judge]) -> list[Table]:
     table = Table("Quality, whether or not an answer follows")
     for name, pairs in groups.items():
         values = judged(*zip(*pairs, strict=True), judges)
+        if study.reader:
+            responses = [text for _, text in pairs]
+            values[f"perplexity to {study.reader.name}"] = perplexity(study.reader, responses)
         table.rows.append({"": name} | {judge: mean(found) for judge, found in values.items()})
     return [table] if table.rows else []
 
@@ -108,12 +113,12 @@ def plain(cell: Cell) -> Any:
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
-def where() -> dict[str, str]:
-    """Machine, versions, date and command."""
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"{processor()}, {os.cpu_count()} cores"
+def where(device: str) -> dict[str, str]:
+    """Machine, versions, date and command. device: the model's kind."""
+    cuda = device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{processor()}, {os.cpu_count()} cores"
     return {
-        "device": device,
+        "device": name,
         "torch": torch.__version__,
         "date": str(datetime.date.today()),
         "command": shlex.join(["tinysteer", *sys.argv[1:]]),

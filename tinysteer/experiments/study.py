@@ -6,7 +6,8 @@ there what it has and goes on with the same batches, so it ends with the same an
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from tinysteer.edits import Edit, Where
 from tinysteer.language_model import LanguageModel
+from tinysteer.vectors import SteeringVector
 from tinysteer.version import VERSION
 
 
@@ -35,6 +37,14 @@ class Settings:
     prompts: str | None = None  # JSONL files in place of the built-in texts
     pairs: str | None = None
 
+    def __post_init__(self):
+        for name in ("limit", "validation", "step", "validation_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be 1 or more")
+        if self.layers and set(self.layers) != {"w/o", "w/"}:
+            raise ValueError("layers: give those of each setting, w/o and w/, by instruction")
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -45,13 +55,24 @@ class Ask:
     labels: dict[str, Any] = field(default_factory=dict)
 
     def digest(self, max_new_tokens: int) -> str:
-        """Of all that decides the answer, but for the model. Who asks is no part of it."""
-        edits = [
-            (edit.layer, *edit.move, hashlib.sha256(edit.direction.numpy().tobytes()).hexdigest())
-            for edit in self.edits
-        ]
+        """Of all that decides the answer, but for the model. The labels are no part of it."""
+        edits = [(edit.layer, *edit.move, edit.direction.tolist()) for edit in self.edits]
         text = json.dumps([self.prompt, edits, max_new_tokens])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_layers(settings: Settings, n_layers: int) -> None:
+    """ValueError for a layer that the model has not."""
+    given = [layer for layers in settings.layers.values() for layer in layers.values()]
+    for layer in [*given, settings.layer]:
+        if layer is not None and not 0 <= layer < n_layers:
+            raise ValueError(f"layer {layer}: this model has layers 0 to {n_layers - 1}")
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """Of some of the weights: a folder's name does not tell two models from each other."""
+    weights = [p.flatten()[:: max(p.numel() // 8, 1)].tolist() for p in model.decoder.parameters()]
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]
 
 
 class Study:
@@ -63,24 +84,31 @@ class Study:
         model: LanguageModel,
         out: Path,
         settings: Settings,
-        judge: LanguageModel | None = None,
+        reader: LanguageModel | None = None,
         source: LanguageModel | None = None,
     ):
         self.experiment, self.model, self.settings = experiment, model, settings
-        self.judge, self.source, self.out = judge, source, out
+        self.reader, self.source, self.out = reader, source, out
+        check_layers(settings, model.config.n_layers)
+        sizes = [(m.config.n_layers, m.config.dim) for m in (model, source or model)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{source.name} is of another shape than {model.name}: no vectors fit")
         out.mkdir(parents=True, exist_ok=True)
         self.file = out / "answers.jsonl"
-        self.about = {
+        about = {
             "experiment": experiment,
             "model": model.name,
-            "revision": model.revision,
+            "revision": model.revision or fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "source": source.name if source else None,
-            "judge": judge.name if judge else None,
+            "device": model.device.type,
+            "source": source and [source.name, source.revision or fingerprint(source)],
+            "reader": reader and reader.name,
             "settings": asdict(settings),
             "tinysteer": VERSION,
         }
+        self.about = json.loads(json.dumps(about))  # as it is read again
         self.known = self._read()
+        self.notes: list[str] = []
         self.said: list[tuple[dict[str, Any], str, str]] = []  # labels, prompt, answer
 
     def _read(self) -> dict[str, str]:
@@ -91,21 +119,44 @@ class Study:
         whole = self.file.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]
         first, *rows = (json.loads(line) for line in whole.splitlines()) if whole else ({},)
-        if first != json.loads(json.dumps(self.about)):
+        if first != self.about:
             changed = sorted(k for k in self.about if first.get(k) != self.about[k])
             raise ValueError(
                 f"{self.out} holds another run ({', '.join(changed)} differ): "
                 "choose another --out, or delete it"
             )
         self.file.write_bytes(whole)
-        return {row["digest"]: row["answer"] for row in rows}
+        known: dict[str, str] = {}
+        for row in rows:
+            known.setdefault(row["digest"], row["answer"])
+        return known
 
     def _write(self, rows: Sequence[dict]) -> None:
         with open(self.file, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
+    def vector(self, name: str, make: Callable[[], SteeringVector]) -> SteeringVector:
+        """A vector, made once: a run that goes on takes the very same."""
+        file = self.out / "vectors" / (re.sub(r"\W+", "-", name) + ".safetensors")
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            make().save(file)
+        return SteeringVector.load(file)
+
+    def room(self, asks: Sequence[Ask], max_new_tokens: int) -> int:
+        """As many new tokens as the context has room for behind the longest prompt."""
+        ids = self.model.tokenizer.ids
+        longest = max(len(ids(prompt, True)) for prompt in {ask.prompt for ask in asks})
+        room = self.model.config.context_length - longest
+        if room < max_new_tokens:
+            self.notes.append(f"The context leaves room for {room} new tokens at most.")
+        return max(min(room, max_new_tokens), 1)
+
     def answer(self, asks: Sequence[Ask], max_new_tokens: int) -> list[str]:
         """One answer each, greedy, in batches of prompts of like length. The same is asked once."""
+        if not asks:
+            return []
+        max_new_tokens = self.room(asks, max_new_tokens)
         digests = [ask.digest(max_new_tokens) for ask in asks]
         askers: dict[str, list[Ask]] = {}
         for digest, ask in zip(digests, asks, strict=True):
@@ -123,7 +174,9 @@ class Study:
                 max_new_tokens=max_new_tokens,
                 batch_size=size,
             )
-            answers = dict(zip(batch, texts, strict=True))
+            # Of a batch that was cut short the first answers stay: others may rest on them.
+            pairs = zip(batch, texts, strict=True)
+            answers = {digest: text for digest, text in pairs if digest not in self.known}
             self._write(
                 [
                     {

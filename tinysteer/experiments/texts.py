@@ -29,6 +29,10 @@ class Item:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def family(self) -> str:
+        return self.instruction.split(":")[0]
+
+    @property
     def instruction_id(self) -> str:
         return LANGUAGE if self.instruction.startswith(LANGUAGE) else self.instruction
 
@@ -76,7 +80,7 @@ def format_items(part: str) -> list[Item]:
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """A JSONL file's rows. ValueError, with the line, for what is none or cannot be checked."""
+    """A JSONL file's rows of one instruction. ValueError, with the line, for what is none."""
     return [item for _, item in numbered_items(path)]
 
 
@@ -103,6 +107,20 @@ def numbered_items(path: str | Path) -> Iterator[tuple[int, Item]]:
                 ) from None
             if len(ids) == 1:  # more instructions at once are no pair for one vector
                 yield n, item
+
+
+def read_requests(path: str | Path) -> list[str]:
+    """Plain requests of a JSONL file: its `base`, or `prompt_without_instruction`."""
+    found = []
+    with open(path, encoding="utf-8") as lines:
+        for n, line in enumerate(lines, 1):
+            row = json.loads(line) if line.strip() else None
+            if row is not None:
+                text = row.get("base") or row.get("prompt_without_instruction")
+                if not text:
+                    raise ValueError(f"{path}, line {n}: no base, no prompt_without_instruction")
+                found.append(text)
+    return list(dict.fromkeys(found))
 
 
 def checkable(items: Sequence[Item]) -> list[Item]:

@@ -4,6 +4,7 @@ Each word has a vector of its own, that of requests to include it. Its opposite 
 the vector of requests to avoid it is tried beside it.
 """
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 
@@ -28,8 +29,10 @@ SHARES = (0.5, 1.0, 1.5)  # of the vector's norm, likewise
 
 
 def word_of(item: Item) -> str:
-    (word,) = item.kwargs[FIELDS[item.instruction]]
-    return word
+    found = item.kwargs.get(FIELDS[item.instruction]) or []
+    if len(found) != 1:
+        raise ValueError(f"{item.prompt:.60}...: words come one a prompt, not {found}")
+    return found[0]
 
 
 class Words:
@@ -38,15 +41,19 @@ class Words:
     def __init__(self, study: Study):
         self.model, self.size = study.source or study.model, study.settings.batch_size
         self.base = requests("pairs")[:N_PAIRS]
-        self.plain = mean_residuals(self.model, self.base, batch_size=self.size)
+        self.plain = functools.cache(
+            lambda: mean_residuals(self.model, self.base, batch_size=self.size)
+        )
+        self.study = study
         self.made: dict[tuple[str, str], SteeringVector] = {}
 
     def vector(self, kind: str, word: str) -> SteeringVector:
         """kind: "include" or "exclude"."""
         if (kind, word) not in self.made:
-            asked = in_turn(self.base, built_in()["words"][kind], word=word)
-            self.made[kind, word] = extract(
-                self.model, asked, self.plain, name=f"{kind} {word}", batch_size=self.size
+            asked, name = in_turn(self.base, built_in()["words"][kind], word=word), f"{kind} {word}"
+            self.made[kind, word] = self.study.vector(
+                f"{name} of {self.model.name}",
+                lambda: extract(self.model, asked, self.plain(), name=name, batch_size=self.size),
             )
         return self.made[kind, word]
 
@@ -65,7 +72,10 @@ def builtin_items(kind: str, part: str) -> list[Item]:
 def test_items(study: Study, kind: str) -> list[Item]:
     file = study.settings.prompts
     items = read_items(file) if file else builtin_items(kind, "test")
-    return [item for item in items if item.instruction == KINDS[kind]][: study.settings.limit]
+    items = [item for item in items if item.instruction == KINDS[kind]][: study.settings.limit]
+    for item in items:
+        word_of(item)  # or its error, before anything is run
+    return items
 
 
 def follows(item: Item, text: str) -> bool:
@@ -93,11 +103,13 @@ def grid(study: Study, words: Words, kind: str) -> list[tuple[int, float] | None
     ]
 
 
-def choose_weight(study: Study, words: Words, kind: str) -> tuple[int, float] | None:
-    """The paper's, or the best of the grid without the instruction in the prompt."""
+def choose_weight(
+    study: Study, words: Words, kind: str
+) -> tuple[tuple[int, float] | None, list[dict]]:
+    """The paper's, or the best of the grid without the instruction in the prompt; and that grid."""
     known = getattr(preset(study.model.name), kind)
     if known and study.settings.layer is None and study.settings.weights is None:
-        return known
+        return known, []
     items = builtin_items(kind, "validation")[: study.settings.validation]
     trials = [
         Trial(
@@ -113,26 +125,38 @@ def choose_weight(study: Study, words: Words, kind: str) -> tuple[int, float] | 
         for choice in grid(study, words, kind)
         for i, item in enumerate(items)
     ]
-    return choose(study, trials)[0][kind]
+    chosen, rows = choose(study, trials)
+    return chosen[kind], rows
 
 
 def run(study: Study) -> Findings:
-    words, table, notes = Words(study), Table("Accuracy in percent, strict"), []
-    for kind in KINDS:
-        items = test_items(study, kind)
-        if not items:
-            continue
-        choice = choose_weight(study, words, kind)
-        notes.append(
-            f"{kind}: "
-            + (
-                "no choice beat no steering."
-                if choice is None
-                else f"weight {choice[1]:.3g} at layer {choice[0]}."
-            )
-        )
-        table.rows += rows_of(study, words, kind, items, choice)
-    return Findings([table], notes)
+    items = {kind: test_items(study, kind) for kind in KINDS}
+    if not any(items.values()):
+        raise ValueError(f"{study.settings.prompts} has no rows of {' or '.join(KINDS.values())}")
+    words, table, notes, grids = Words(study), Table("Accuracy in percent, strict"), [], []
+    for kind, rows in items.items():
+        if rows:
+            choice, grid = choose_weight(study, words, kind)
+            notes.append(f"{kind}: {told(choice)}")
+            grids += grid
+            table.rows += rows_of(study, words, kind, rows, choice)
+    return Findings([table, *grid_table(grids)], notes, {"validation": grids})
+
+
+def told(choice: tuple[int, float] | None) -> str:
+    if choice is None:
+        return "no weight beat no steering in validation, so all is unsteered."
+    return f"the word's inclusion vector with weight {choice[1]:.3g} at layer {choice[0]}."
+
+
+def grid_table(grid: Sequence[dict]) -> list[Table]:
+    """What validation saw of each layer and weight."""
+    table = Table("Validation, without the instruction: shares that follow, and that are spoilt")
+    for row in grid:
+        layer, weight = row["choice"] or (None, 0.0)
+        shares = {"accuracy": row["accuracy"], "spoilt": row["spoilt"]}
+        table.rows.append({"": row["group"], "layer": layer, "weight": weight} | shares)
+    return [table] if grid else []
 
 
 def rows_of(
