@@ -122,6 +122,10 @@ def test_inspect_tells_about_a_model(folder, capsys):
     out = capsys.readouterr().out
     for part in ("llama", "4 (0 to 3), width 48", "128 tokens", "no chat template", "</s>"):
         assert part in out
+    *_, heads, one, eight, many = out.splitlines()
+    assert heads.split() == ["texts", "128", "tokens"]
+    peaks = [float(row.split()[1]) for row in (one, eight, many)]
+    assert peaks == sorted(peaks)
 
 
 def test_inspect_reads_no_weights(checkpoint, tmp_path, capsys):

@@ -14,8 +14,8 @@ from tinysteer.cli import main
 from tinysteer.experiments import (
     EXPERIMENTS,
     Settings,
-    format,
     geometry,
+    instructions,
     length,
     reproduce,
     texts,
@@ -276,7 +276,7 @@ def test_answers_end_where_the_context_does(model, tmp_path):
 
 def test_controls_are_other_directions_of_the_same_norms(lab, brief, tmp_path):
     run = study(lab.model, tmp_path)
-    for found in format.all_instructed(run, lab.model).values():
+    for found in instructions.all_instructed(run, lab.model).values():
         cosine = (found.vector.directions * found.control.directions).sum(-1)
         assert cosine.abs().max() < 0.4
         torch.testing.assert_close(found.vector.norms, found.control.norms)
@@ -337,7 +337,9 @@ def test_some_of_a_users_pairs_are_held_out_for_validation(model, tmp_path):
     rows = [row | {"prompt_without_instruction": f"{i}"} for i in range(7)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    made, held = format.pairs_of(study(model, tmp_path / "run", pairs=str(file), validation=3))
+    made, held = instructions.pairs_of(
+        study(model, tmp_path / "run", pairs=str(file), validation=3)
+    )
     assert [item.request for item in made["punctuation:no_comma"]] == ["0", "1", "2", "3"]
     assert [item.request for item in held["punctuation:no_comma"]] == ["4", "5", "6"]
 

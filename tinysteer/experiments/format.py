@@ -4,103 +4,34 @@ Four ways: the prompt states the instruction or not, its vector sets the project
 same with random directions.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 
-from tqdm import tqdm
-
-from tinysteer import ifeval
-from tinysteer.edits import Edit, Where
-from tinysteer.experiments.choosing import Trial, choose
-from tinysteer.experiments.presets import preset
+from tinysteer.experiments.instructions import (
+    SETTINGS,
+    Layers,
+    Vectors,
+    all_instructed,
+    choose_layers,
+    follows,
+    pairs_of,
+)
 from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.statistics import share
 from tinysteer.experiments.study import Ask, Study
 from tinysteer.experiments.texts import (
-    LANGUAGE,
     Item,
     checkable,
     format_items,
     of_instruction,
     read_items,
 )
-from tinysteer.extraction import MeanResiduals, extract, mean_residuals
-from tinysteer.language_model import LanguageModel
-from tinysteer.selection import sweep_layers
-from tinysteer.vectors import SteeringVector
 
-SETTINGS = {"w/o": "request", "w/": "prompt"}  # which text of an item is the prompt
 FAMILIES = ("change_case", "detectable_format", "language", "punctuation", "startend")
 TOKENS = 2048
 NOTE = (
     "w/o, w/: the prompt is without or with the instruction. Where there is no layer, a row is "
     "unsteered in all columns."
 )
-
-
-@dataclass(frozen=True)
-class Instructed:
-    """An instruction's vector, and a random one of the same norms and baselines."""
-
-    vector: SteeringVector
-    control: SteeringVector
-
-    def edits(self, layer: int | None, where: Where, control: bool = False) -> list[Edit]:
-        if layer is None:
-            return []
-        return [(self.control if control else self.vector).at(layer).to_target(where=where)]
-
-
-def all_instructed(study: Study, model: LanguageModel) -> dict[str, Instructed]:
-    """The vector of every instruction that there are pairs of."""
-    size, found = study.settings.batch_size, {}
-    plain: dict[tuple[str, ...], MeanResiduals] = {}  # instructions may share their requests
-
-    def without(items: Sequence[Item]) -> MeanResiduals:
-        requests = tuple(item.request for item in items)
-        if requests not in plain:
-            plain[requests] = mean_residuals(model, requests, batch_size=size)
-        return plain[requests]
-
-    def make(name: str, items: Sequence[Item]) -> SteeringVector:
-        asked = [item.prompt for item in items]
-        return extract(model, asked, without(items), name=name, batch_size=size)
-
-    def control(name: str, items: Sequence[Item]) -> SteeringVector:
-        seed = zlib.crc32(name.encode())
-        return found_vector(name, items).random_like(seed, without(items).mean)
-
-    def found_vector(name: str, items: Sequence[Item]) -> SteeringVector:
-        return study.vector(f"{name} of {model.name}", lambda: make(name, items))
-
-    for name, items in tqdm(pairs_of(study)[0].items(), "vectors", leave=False, disable=None):
-        found[name] = Instructed(
-            found_vector(name, items),
-            study.vector(f"{name} of {model.name}, random", lambda n=name, i=items: control(n, i)),
-        )
-    return found
-
-
-def pairs_of(study: Study) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
-    """What vectors are made of, and what layers are validated on, by instruction.
-
-    Of a user's pairs the last `validation` are held out where at least as many remain.
-    """
-    file, n = study.settings.pairs, study.settings.validation
-    if not file:
-        validation = of_instruction(format_items("validation"))
-        return of_instruction(format_items("pairs")), first(validation, n)
-    pairs = of_instruction(read_items(file))
-    held = {name: items[-n:] if len(items) >= 2 * n else items for name, items in pairs.items()}
-    made = {name: items[:-n] if len(items) >= 2 * n else items for name, items in pairs.items()}
-    return made, first({name: checkable(items) for name, items in held.items()}, n)
-
-
-def first(items: Mapping[str, Sequence[Item]], n: int) -> dict[str, list[Item]]:
-    """So many of each instruction; of a language one, as in the paper."""
-    return {name: list(i[: 1 if name.startswith(LANGUAGE) else n]) for name, i in items.items()}
 
 
 def test_items(study: Study) -> list[Item]:
@@ -114,49 +45,6 @@ def test_items(study: Study) -> list[Item]:
     return whole[: study.settings.limit]
 
 
-def follows(item: Item, text: str) -> bool:
-    """Loosely, as the paper counts."""
-    return ifeval.follow([item.instruction_id], [item.kwargs], text, mode="loose")
-
-
-def choose_layers(
-    study: Study,
-    vectors: Mapping[str, Instructed],
-    wanted: Sequence[str],
-    source: str | None = None,
-) -> tuple[dict[str, dict[str, int | None]], list[dict]]:
-    """setting -> instruction -> layer: as told, as in the paper, or by validation.
-
-    source: the name of the model that the vectors come from, where it is another one.
-    """
-    known = study.settings.layers or preset(study.model.name, source).layers
-    if known:
-        return {s: {name: known[s].get(name) for name in wanted} for s in SETTINGS}, []
-    _, validation = pairs_of(study)
-    trials = [
-        Trial(
-            (setting, name),
-            layer,
-            Ask(
-                getattr(item, text),
-                vectors[name].edits(layer, study.settings.where),
-                {"validation": setting, "vectors": source, "instruction": name, "layer": layer},
-            ),
-            partial(follows, item),
-        )
-        for setting, text in SETTINGS.items()
-        for name, items in validation.items()
-        if name in wanted and name in vectors
-        for layer in sweep_layers(study.model.config.n_layers, study.settings.step)
-        for item in items
-    ]
-    chosen, rows = choose(study, trials)
-    layers = {
-        setting: {name: chosen.get((setting, name)) for name in wanted} for setting in SETTINGS
-    }
-    return layers, rows
-
-
 def run(study: Study) -> Findings:
     items = test_items(study)
     vectors = all_instructed(study, study.model)
@@ -167,7 +55,7 @@ def run(study: Study) -> Findings:
     return Findings(tables, [NOTE, *remarks(study, items, vectors)], data)
 
 
-def remarks(study: Study, items: Sequence[Item], vectors: Mapping[str, Instructed]) -> list[str]:
+def remarks(study: Study, items: Sequence[Item], vectors: Vectors) -> list[str]:
     """What a reader of the numbers should know of the texts."""
     found, missing = [], sorted({item.instruction for item in items} - set(vectors))
     if missing:
@@ -179,8 +67,6 @@ def remarks(study: Study, items: Sequence[Item], vectors: Mapping[str, Instructe
     return found
 
 
-Vectors = Mapping[str, Instructed]  # by instruction
-Layers = Mapping[str, Mapping[str, int | None]]  # by setting and instruction
 Way = tuple[Vectors, Layers]
 
 

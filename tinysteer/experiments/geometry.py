@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinysteer.experiments.format import all_instructed
+from tinysteer.experiments.instructions import all_instructed
 from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.statistics import mean
 from tinysteer.experiments.study import Study

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from tinysteer import ifeval
 from tinysteer.edits import Edit
-from tinysteer.experiments import format, length, words
+from tinysteer.experiments import format, instructions, length, words
 from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.statistics import share
 from tinysteer.experiments.study import Ask, Study
@@ -23,11 +23,11 @@ Checks = dict[str, Callable[[int, str], bool]]  # name -> whether row i's answer
 def run(study: Study) -> Findings:
     """`prompts` are those of the formats; words to avoid are the built-in ones."""
     items = format.test_items(study)
-    if LOWERCASE not in format.pairs_of(study)[0]:
+    if LOWERCASE not in instructions.pairs_of(study)[0]:
         raise ValueError(f"{study.settings.pairs} has no pairs of {LOWERCASE}")
-    vectors = format.all_instructed(study, study.model)
+    vectors = instructions.all_instructed(study, study.model)
     wanted = [*dict.fromkeys([*of_instruction(items), LOWERCASE])]
-    layers, validated = format.choose_layers(study, vectors, wanted)
+    layers, validated = instructions.choose_layers(study, vectors, wanted)
     known = words.Words(study)
     choice, grid = words.choose_weight(study, known, "exclude")
     lengths = length.Lengths(study)
@@ -48,8 +48,8 @@ def run(study: Study) -> Findings:
 def format_and_length(
     study: Study,
     items: Sequence[Item],
-    vectors: format.Vectors,
-    layers: format.Layers,
+    vectors: instructions.Vectors,
+    layers: instructions.Layers,
     lengths: length.Lengths,
 ) -> Table:
     draw = random.Random(42)
@@ -73,7 +73,7 @@ def format_and_length(
         {"w/o": [item.request for item in items], "w/": [prompt(i) for i in range(len(items))]},
         edits,
         {
-            "format": lambda i, text: format.follows(items[i], text),
+            "format": lambda i, text: instructions.follows(items[i], text),
             "length": lambda i, text: len(ifeval.sentences(text)) <= limits[i],
         },
     )
@@ -81,8 +81,8 @@ def format_and_length(
 
 def lowercase_and_word(
     study: Study,
-    vectors: format.Vectors,
-    layers: format.Layers,
+    vectors: instructions.Vectors,
+    layers: instructions.Layers,
     known: words.Words,
     choice: tuple[int, float] | None,
 ) -> Table:

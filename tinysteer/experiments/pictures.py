@@ -51,7 +51,7 @@ def bars(title: str, rows: Sequence[dict], out: Path) -> Path | None:
     names = [k for k in dict.fromkeys(shares) if is_share(rows, k)]
     if not names:
         return None
-    chart, axes = figure(2 + 0.25 * len(rows) * len(names), 4)
+    chart, axes = figure(min(2 + 0.25 * len(rows) * len(names), 18), 4)
     width = 0.8 / len(names)
     for j, name in enumerate(names):
         cells = [row[name] or NOTHING for row in rows]

@@ -1,0 +1,142 @@
+"""Instructions that have a vector: pairs of requests, their vectors, and a layer for each."""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from tqdm import tqdm
+
+from tinysteer import ifeval
+from tinysteer.edits import Edit, Where
+from tinysteer.experiments.choosing import Trial, choose
+from tinysteer.experiments.presets import preset
+from tinysteer.experiments.study import Ask, Study
+from tinysteer.experiments.texts import (
+    LANGUAGE,
+    Item,
+    checkable,
+    format_items,
+    of_instruction,
+    read_items,
+)
+from tinysteer.extraction import MeanResiduals, extract, mean_residuals
+from tinysteer.language_model import LanguageModel
+from tinysteer.selection import sweep_layers
+from tinysteer.vectors import SteeringVector
+
+SETTINGS = {"w/o": "request", "w/": "prompt"}  # which text of an item is the prompt
+
+
+@dataclass(frozen=True)
+class Instructed:
+    """An instruction's vector, and a random one of the same norms and baselines."""
+
+    vector: SteeringVector
+    control: SteeringVector
+
+    def edits(self, layer: int | None, where: Where, control: bool = False) -> list[Edit]:
+        """The projection set to the mean of those with the instruction; nothing without a layer."""
+        if layer is None:
+            return []
+        return [(self.control if control else self.vector).at(layer).to_target(where=where)]
+
+
+Vectors = Mapping[str, Instructed]  # by instruction
+Layers = Mapping[str, Mapping[str, int | None]]  # by setting and instruction
+
+
+def all_instructed(study: Study, model: LanguageModel) -> dict[str, Instructed]:
+    """The vector of every instruction that there are pairs of."""
+    size = study.settings.batch_size
+    # Instructions may share their requests.
+    plain = functools.cache(lambda requests: mean_residuals(model, requests, batch_size=size))
+    pairs, _ = pairs_of(study)
+    return {
+        name: instructed(study, model, name, items, plain)
+        for name, items in tqdm(pairs.items(), "vectors", leave=False, disable=None)
+    }
+
+
+def instructed(
+    study: Study,
+    model: LanguageModel,
+    name: str,
+    items: Sequence[Item],
+    plain: Callable[[tuple[str, ...]], MeanResiduals],
+) -> Instructed:
+    asked, requests = [item.prompt for item in items], tuple(item.request for item in items)
+
+    def make() -> SteeringVector:
+        size = study.settings.batch_size
+        return extract(model, asked, plain(requests), name=name, batch_size=size)
+
+    def make_control() -> SteeringVector:
+        return vector.random_like(zlib.crc32(name.encode()), plain(requests).mean)
+
+    vector = study.vector(f"{name} of {model.name}", make)
+    return Instructed(vector, study.vector(f"{name} of {model.name}, random", make_control))
+
+
+def pairs_of(study: Study) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
+    """What vectors are made of, and what layers are validated on, by instruction.
+
+    Of a user's pairs the last `validation` are held out where at least as many remain.
+    """
+    file, n = study.settings.pairs, study.settings.validation
+    if not file:
+        validation = of_instruction(format_items("validation"))
+        return of_instruction(format_items("pairs")), head(validation, n)
+    pairs = of_instruction(read_items(file))
+    held = {name: items[-n:] if len(items) >= 2 * n else items for name, items in pairs.items()}
+    made = {name: items[:-n] if len(items) >= 2 * n else items for name, items in pairs.items()}
+    return made, head({name: checkable(items) for name, items in held.items()}, n)
+
+
+def head(items: Mapping[str, Sequence[Item]], n: int) -> dict[str, list[Item]]:
+    """So many of each instruction; of a language one, as in the paper."""
+    return {name: list(i[: 1 if name.startswith(LANGUAGE) else n]) for name, i in items.items()}
+
+
+def follows(item: Item, text: str) -> bool:
+    """Loosely, as the paper counts."""
+    return ifeval.follow([item.instruction_id], [item.kwargs], text, mode="loose")
+
+
+def choose_layers(
+    study: Study,
+    vectors: Vectors,
+    wanted: Sequence[str],
+    source: str | None = None,
+) -> tuple[dict[str, dict[str, int | None]], list[dict]]:
+    """setting -> instruction -> layer: as told, as in the paper, or by validation.
+
+    source: the name of the model that the vectors come from, where it is another one.
+    """
+    known = study.settings.layers or preset(study.model.name, source).layers
+    if known:
+        return {s: {name: known[s].get(name) for name in wanted} for s in SETTINGS}, []
+    _, validation = pairs_of(study)
+    trials = [
+        Trial(
+            (setting, name),
+            layer,
+            Ask(
+                getattr(item, text),
+                vectors[name].edits(layer, study.settings.where),
+                {"validation": setting, "vectors": source, "instruction": name, "layer": layer},
+            ),
+            partial(follows, item),
+        )
+        for setting, text in SETTINGS.items()
+        for name, items in validation.items()
+        if name in wanted and name in vectors
+        for layer in sweep_layers(study.model.config.n_layers, study.settings.step)
+        for item in items
+    ]
+    chosen, rows = choose(study, trials)
+    layers = {
+        setting: {name: chosen.get((setting, name)) for name in wanted} for setting in SETTINGS
+    }
+    return layers, rows
