@@ -59,6 +59,7 @@ class Instead:
     def __init__(self, decoder: Decoder, seam: Seam):
         self.decoder, self.seam = decoder, seam
         self.config, self.embed, self.logits = decoder.config, decoder.embed, decoder.logits
+        self.parameters = decoder.parameters
 
     def __call__(self, tokens: Tensor, cache: Cache, steer: Seam) -> Tensor:
         return self.decoder(tokens, cache, self.seam)
