@@ -186,6 +186,26 @@ def test_a_slider_of_weights_needs_one_graph(taped):
     assert taped.steps.captured == 1
 
 
+def test_a_slider_of_numbers_alone_sends_those(taped, monkeypatch):
+    """Weights, targets, bounds and windows, of rows that differ: no table is compiled anew."""
+    v, w, *_ = vectors(taped)
+
+    def slider(n):
+        rows = [[] for _ in PROMPTS]
+        rows[1] = [v.at(1).add(2.0 * n), v.at(1).at_most(target=1.0 - n), w.at(3).add(float(-n))]
+        rows[3] = rows[4] = [w.at(2).to_target(target=0.3 * n, where=(n - 1, None))]
+        return rows
+
+    limits = {"max_new_tokens": 10}
+    text = complete(taped, slider, graph=False, **limits)
+    assert text != complete(taped, slider(0), graph=False, **limits)
+    compiled, compile_ = [], ts.steering.kernels.compile_edits
+    told = lambda *arguments: compiled.append(1) or compile_(*arguments)  # noqa: E731
+    monkeypatch.setattr(ts.steering.kernels, "compile_edits", told)
+    assert complete(taped, slider, **limits) == text
+    assert len(compiled) == 3 + 1  # each steered layer once, and an empty table
+
+
 def test_a_slider_may_outgrow_its_tables(taped):
     v, *_ = vectors(taped)
     grow = lambda n: [v.at(1).add(0.3 * k) for k in range(n + 1)]  # noqa: E731
