@@ -140,7 +140,9 @@ class Study:
         file = self.out / "vectors" / (re.sub(r"\W+", "-", name) + ".safetensors")
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
-            make().save(file)
+            unfinished = file.with_suffix(".new")
+            make().save(unfinished)
+            unfinished.replace(file)
         return SteeringVector.load(file)
 
     def room(self, asks: Sequence[Ask], max_new_tokens: int) -> int:
