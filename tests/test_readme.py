@@ -42,7 +42,7 @@ def test_the_plan_can_be_read(tmp_path):
 def test_every_command_is_one():
     shell = "\n".join(text for language, text in BLOCKS if language == "sh")
     commands = re.findall(r"(?:^|&& )(tinysteer .*)$", shell, flags=re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         parser().parse_args(shlex.split(command)[1:])
 
