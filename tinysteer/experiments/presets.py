@@ -73,13 +73,13 @@ class Preset:
 OTHERS = {  # what is added with a weight
     "phi-3-mini-4k-instruct": {
         "length_layer": 12,
-        "length_sweep": (0, 5, 10, 20, 40),
+        "length_sweep": (0, 5, 10, 20, 40, 60),  # 60 breaks the text
         "include": (24, 100.0),
         "exclude": (28, -100.0),
     },
     "gemma-2-2b-it": {"include": (24, 80.0), "exclude": (22, -120.0)},
+    # By the vectors of gemma-2-9b-it: give it as the source.
     "gemma-2-9b": {"length_layer": 16, "length_sweep": (0, 50, 100, 150, 200)},
-    "gemma-2-9b-it": {"length_layer": 16, "length_sweep": (0, 50, 100, 150, 200)},
 }
 
 
