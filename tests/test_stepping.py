@@ -525,6 +525,12 @@ def launches(name: str) -> int:
     return 2 if "attend" in name else int(not re.fullmatch(rf"aten\.({views})\.\w+", name))
 
 
+@needs_triton
 def test_formulas_can_be_asked_for():
+    class OnAGpu:
+        is_cuda = True
+
+    assert edits.serves(OnAGpu())
     with fusing(False):
-        assert not edits.serves(torch.zeros(1))
+        assert not edits.serves(OnAGpu())
+    assert edits.serves(OnAGpu())

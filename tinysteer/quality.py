@@ -12,7 +12,7 @@ Judge = Callable[[str, str], float]
 
 
 def repeats(prompt: str, response: str) -> float:
-    """The share of runs of three words that stood there before: 0 where none recurs."""
+    """`repetition` of the response."""
     return repetition(response)
 
 
