@@ -148,7 +148,8 @@ def record_attention(B, H, G, S, D, dtype, qk_norm, cap) -> tuple[Recorder, Reco
         column = torch.empty(1, dtype=torch.int64)
     view = View(cos, cos, column, column, S)
     weight = cos[0, 0, 0] if qk_norm else None
-    attention.launch(qkv, k, k, view, 0.1, cap, weight, weight, 1e-6, float(qk_norm))
+    traits = attention.Traits(0.1, cap, weight, weight, 1e-6, float(qk_norm))
+    attention.launch(qkv, k, k, view, traits)
     return attention.attend_kernel, attention.combine_kernel
 
 

@@ -34,8 +34,7 @@ def run(way, qkv, k, v, where, window=None, **settings):
     if way == FORMULA:
         with fusing(False):
             return attend(qkv, k, v, view, **settings)
-    full = {"cap": None, "q_weight": None, "k_weight": None, "eps": 0.0, "offset": 0.0} | settings
-    return attention.launch(qkv, k, v, view, **full)
+    return attention.launch(qkv, k, v, view, attention.Traits(**settings))
 
 
 def exact(qkv, k, v, where, window=None, scale=1.0, cap=None, q_weight=None, k_weight=None, **norm):
@@ -200,5 +199,5 @@ def test_a_launch_allocates_its_results_and_nothing_that_grows(monkeypatch):
         inputs = case(B=1, S=1500, now=now, D=64)
         with Calls() as calls:
             view = View(*inputs[3], reach=1500)
-            attention.launch(*inputs[:3], view, 0.3, None, None, None, 0.0, 0.0)
+            attention.launch(*inputs[:3], view, attention.Traits(0.3))
         assert calls.names == ["aten.new_empty.default"] * 3

@@ -15,6 +15,7 @@ goes through PyTorch's attention.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,39 +54,42 @@ class View:
         return (seen if self.window is None else seen & (key > query - self.window))[:, None]
 
 
+class Traits(NamedTuple):
+    """What of a layer's attention is the same at every step; see `attend`."""
+
+    scale: float
+    cap: float | None = None
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    eps: float = 0.0
+    offset: float = 0.0
+
+
 # The formula.
 
 
-def formula(
-    qkv: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    view: View,
-    scale: float,
-    cap: float | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    offset: float,
-) -> Tensor:
+def formula(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, view: View, traits: Traits) -> Tensor:
     """What `attend` computes, in PyTorch."""
     G, head_dim = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, H + 2G, T, head_dim)
     H = heads.shape[1] - 2 * G
     qk, v = heads.split((H + G, G), dim=1)
-    if q_weight is not None:
-        q = rms_norm(qk[:, :H], q_weight, eps, offset)
-        qk = torch.cat((q, rms_norm(qk[:, H:], k_weight, eps, offset)), dim=1)
+    if traits.q_weight is not None:
+        q = rms_norm(qk[:, :H], traits.q_weight, traits.eps, traits.offset)
+        k = rms_norm(qk[:, H:], traits.k_weight, traits.eps, traits.offset)
+        qk = torch.cat((q, k), dim=1)
     q, k = rotate(qk, view.cos, view.sin).split((H, G), dim=1)
     k_cache.index_copy_(2, view.query, k)
     v_cache.index_copy_(2, view.query, v)
     k, v = k_cache[:, :, : view.reach], v_cache[:, :, : view.reach]
-    if cap is not None or q.is_cuda:  # grouped and masked, PyTorch's would hold all the scores
+    if (
+        traits.cap is not None or q.is_cuda
+    ):  # grouped and masked, PyTorch's would hold all the scores
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
-    if cap is None:
-        y = F.scaled_dot_product_attention(q, k, v, view.mask, scale=scale, enable_gqa=True)
+    if traits.cap is None:
+        y = F.scaled_dot_product_attention(q, k, v, view.mask, scale=traits.scale, enable_gqa=True)
     else:
-        y = soft_capped(q, k, v, view.mask, scale, cap)
+        y = soft_capped(q, k, v, view.mask, traits.scale, traits.cap)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -303,11 +307,11 @@ def attend(
 
     On a GPU decoding is one or two launches without host reads, fit for CUDA graphs.
     """
-    settings = scale, cap, q_weight, k_weight, eps, offset
+    traits = Traits(scale, cap, q_weight, k_weight, eps, offset)
     if qkv.shape[1] == 1 and as_op(qkv) and serves(qkv):
         where = view.cos, view.sin, view.query, view.start, view.reach, view.window
-        return op(qkv, k, v, *where, *settings)
-    return formula(qkv, k, v, view, *settings)
+        return op(qkv, k, v, *where, *traits)
+    return formula(qkv, k, v, view, traits)
 
 
 @torch.library.custom_op(f"{__package__}::attend", mutates_args=("k", "v"))
@@ -331,7 +335,7 @@ def op(
     view = View(cos, sin, query, start, reach, window)
     run = launch if serves(qkv) and qkv.shape[1] == 1 else formula
     with as_is(qkv):
-        return run(qkv, k, v, view, scale, cap, q_weight, k_weight, eps, offset)
+        return run(qkv, k, v, view, Traits(scale, cap, q_weight, k_weight, eps, offset))
 
 
 @op.register_fake
@@ -340,18 +344,7 @@ def _(qkv, k, v, *_) -> Tensor:
     return qkv.new_empty(B, T, width - 2 * k.shape[1] * k.shape[3])
 
 
-def launch(
-    qkv: Tensor,
-    k: Tensor,
-    v: Tensor,
-    view: View,
-    scale: float,
-    cap: float | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    offset: float,
-) -> Tensor:
+def launch(qkv: Tensor, k: Tensor, v: Tensor, view: View, traits: Traits) -> Tensor:
     """Run the kernels: one program for a share of a row's columns and the heads of one key head."""
     B, G, S, D = k.shape
     H, R = qkv.shape[2] // D - 2 * G, view.cos.shape[-1]
@@ -373,22 +366,22 @@ def launch(
         sin_ptr=sin,
         query_ptr=view.query,
         start_ptr=view.start,
-        q_weight_ptr=q_weight,
-        k_weight_ptr=k_weight,
+        q_weight_ptr=traits.q_weight,
+        k_weight_ptr=traits.k_weight,
         y_ptr=part,
         lse_ptr=lse,
         stride_b=k.stride(0),
         stride_g=k.stride(1),
         stride_s=k.stride(2),
         window=EVERYTHING if view.window is None else view.window,
-        scale=scale,
-        cap=cap,
-        eps=eps,
+        scale=traits.scale,
+        cap=traits.cap,
+        eps=traits.eps,
         H=H,
         G=G,
         D=D,
         R=R,
-        OFFSET=offset,
+        OFFSET=traits.offset,
         **tile,
         num_warps=4,
     )
