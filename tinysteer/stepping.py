@@ -9,6 +9,7 @@ On a CPU the same step runs as it is.
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -35,16 +36,22 @@ class CudaGraphs:
     """Captures on the current device. Graphs share their memory: they are replayed by turns."""
 
     def __init__(self):
-        self.pool, self.stream = None, None
+        self.lock, self.places = threading.Lock(), {}  # of each GPU: pool, stream, living graphs
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        run()  # what is compiled, loaded or allocated only once, is before
-        graph = torch.cuda.CUDAGraph()
-        settings = {"stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, self.pool, **settings):
-            run()
+        device = torch.cuda.current_device()
+        with self.lock:  # a pool takes one capture at a time
+            pool, stream, living = self.places.get(device, (None, None, ()))
+            if not living:  # a pool whose graphs are all gone takes no other
+                pool, living = torch.cuda.graph_pool_handle(), weakref.WeakSet()
+                stream = stream or torch.cuda.Stream()
+                self.places[device] = pool, stream, living
+            run()  # what is compiled, loaded or allocated only once, is before
+            graph = torch.cuda.CUDAGraph()
+            settings = {"stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, pool, **settings):
+                run()
+            living.add(graph)
         return graph.replay
 
 

@@ -150,8 +150,10 @@ def turned(
 def weighted(x, weight, OFFSET: tl.constexpr, dtype: tl.constexpr):
     """The end of an RMSNorm, rounded where its family rounds (see residual.py)."""
     if OFFSET != 0:
-        return (x * (OFFSET + weight)).to(dtype).to(tl.float32)
-    return (x.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        x *= OFFSET + weight
+    else:
+        x = x.to(dtype).to(tl.float32) * weight
+    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit

@@ -77,8 +77,10 @@ def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 def positions(position_ptr, row, t, T, PADDING: tl.constexpr):
     """Where the program's tokens stand, (BLOCK_T,) int32."""
     if position_ptr is None:
-        return tl.where(t < T, 0, PADDING)
-    return tl.load(position_ptr + row * T + t, mask=t < T, other=PADDING)
+        at = tl.where(t < T, 0, PADDING)
+    else:
+        at = tl.load(position_ptr + row * T + t, mask=t < T, other=PADDING)
+    return at
 
 
 @triton.jit

@@ -67,8 +67,10 @@ def normed(h, weight, eps, D: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.cons
     """h (BLOCK_T, BLOCK_D) float32, 0 beyond D; weight (BLOCK_D,) -> rms_norm, not yet rounded."""
     y = h * tl.rsqrt(tl.sum(h * h, axis=1) / D + eps)[:, None]
     if OFFSET != 0:
-        return y * (OFFSET + weight.to(tl.float32))[None, :]
-    return y.to(dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
+        y *= (OFFSET + weight.to(tl.float32))[None, :]
+    else:
+        y = y.to(dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
+    return y
 
 
 @triton.jit
