@@ -1,29 +1,17 @@
-"""Steering operations on a residual stream, and the rest of a decoder's step between its products.
+"""Steering of a residual stream: ordered moves of each row, in one pass.
+
+    naive           the definition
+    tables          moves -> what a kernel reads
+    steering        the op `steer`
+    residual        the op `add_steer_norm`: what surrounds it at a block's end, in the same pass
+    decode          the rest of a decoder's step between its products
 
 Needs torch and nothing of tinysteer.
 """
 
-from .attention import View, attend
-from .devices import fusing
-from .edits import directions, moves, steer
-from .gating import ACTIVATIONS, gated
-from .residual import add_steer_norm, rms_norm
-from .tables import ALWAYS, PADDING, Edit, Edits, compile_edits
+from . import naive
+from .residual import add_steer_norm
+from .steering import steer
+from .tables import PADDING, Move, MoveTables, compile_moves
 
-__all__ = [
-    "ACTIVATIONS",
-    "ALWAYS",
-    "PADDING",
-    "Edit",
-    "Edits",
-    "View",
-    "add_steer_norm",
-    "attend",
-    "compile_edits",
-    "directions",
-    "fusing",
-    "gated",
-    "moves",
-    "rms_norm",
-    "steer",
-]
+__all__ = ["PADDING", "Move", "MoveTables", "add_steer_norm", "compile_moves", "naive", "steer"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .tables import Edits
+from .tables import FIELDS, MoveTables
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,27 +20,35 @@ def check_stream(x: Tensor) -> None:
         raise ValueError(f"x has strides {x.stride()}: its last must be 1")
 
 
-def check_edits(x: Tensor, bank: Tensor, edits: Edits, position: Tensor | None) -> None:
-    """ValueError, with the sizes seen, for what does not go together."""
-    if not isinstance(edits, Edits):
-        raise ValueError(f"edits are a {type(edits).__name__}: give what compile_edits returns")
-    (B, T, D), K = x.shape, edits.index.shape[-1]
+def check_steering(
+    x: Tensor, bank: Tensor, tables: MoveTables, position: Tensor | None, slot: Tensor | None
+) -> None:
+    """ValueError, with the sizes seen, for what does not go together.
+
+    What the tables and slots hold is not read: it may lie on a GPU.
+    """
+    if not isinstance(tables, MoveTables):
+        raise ValueError(f"tables are a {type(tables).__name__}: give what compile_moves returns")
+    (B, T, D), packed = x.shape, tables.packed
     if bank.ndim != 2 or bank.shape[1] != D:
         raise ValueError(f"x is {D} wide, but the bank of directions is {tuple(bank.shape)}")
     if bank.dtype not in FLOATS:
         raise ValueError(f"the bank is {bank.dtype}: use float32, float16 or bfloat16")
-    if len(edits.index) != B:
-        raise ValueError(f"edits are for {len(edits.index)} rows, x has {B}")
-    wanted = dict.fromkeys(("index", "first", "last"), ((B, K), torch.int32))
-    wanted |= dict.fromkeys(("bias", "slope", "low", "high"), ((B, K), torch.float32))
-    wanted |= {"gram": ((B, K, K), torch.float32), "position": ((B, T), torch.int32)}
-    tables = edits._asdict() | ({} if position is None else {"position": position})
-    for name, table in tables.items():
-        shape, dtype = wanted[name]
-        if table.shape != shape or table.dtype != dtype:
-            seen = f"{tuple(table.shape)} {table.dtype}"
-            raise ValueError(f"{name} is {seen}: it should be {shape} {dtype}")
-    for name, tensor in (tables | {"bank": bank}).items():
+    if packed.ndim != 3 or packed.shape[1] != FIELDS + packed.shape[2]:
+        raise ValueError(
+            f"the tables are {tuple(packed.shape)}: give one layer's, (rows, {FIELDS} + K, K)"
+        )
+    if slot is None and packed.shape[0] != B:
+        raise ValueError(f"tables are for {packed.shape[0]} rows, x has {B}: give a slot for each")
+    shapes = {"tables": packed.shape, "position": (B, T), "slot": (B,)}
+    given = {"bank": bank, "tables": packed, "position": position, "slot": slot}
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        shape = shapes.get(name)
+        if shape is not None and (tensor.shape != shape or tensor.dtype != torch.int32):
+            seen = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"{name} is {seen}: it should be {tuple(shape)} torch.int32")
         if tensor.device != x.device:
             raise ValueError(f"x is on {x.device}, {name} on {tensor.device}")
         if name != "position" and not tensor.is_contiguous():
@@ -57,7 +65,7 @@ def check_surroundings(
         raise ValueError(f"x is {tuple(x.shape)}, delta {tuple(delta.shape)}")
     if delta.stride(2) != 1:
         raise ValueError(f"delta has strides {delta.stride()}: its last must be 1")
-    for name, tensor in {"delta": delta, "weight": weight, "post_weight": post_weight}.items():
+    for name, tensor in (("delta", delta), ("weight", weight), ("post_weight", post_weight)):
         if tensor is None:
             continue
         if tensor.dtype != x.dtype or tensor.device != x.device:

@@ -1,13 +1,15 @@
-"""Where the kernels run, and where PyTorch's formulas do their work instead.
+"""Where the kernels run, where PyTorch's formulas do their work instead, and who must know of it.
 
 A CPU build of torch launches no kernel, and Triton takes 0.2 s to import: there it is left alone,
 unless TRITON_INTERPRET is set (1 interprets kernels, 0 is for compiling them without a GPU).
 Without Triton enough of its name is here for the kernels' files to be read.
 """
 
+import functools
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -28,40 +30,85 @@ except ImportError:  # or macOS, or Windows
 
 
 HAS_TRITON = hasattr(triton, "runtime")
-FUSED: ContextVar[bool] = ContextVar("fused", default=True)
+KERNELS: ContextVar[bool] = ContextVar("kernels", default=True)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @contextmanager
-def fusing(on: bool) -> Iterator[None]:
+def use_kernels(on: bool) -> Iterator[None]:
     """In it the kernels serve, or where `on` is False the formulas, on a GPU too."""
-    token = FUSED.set(on)
+    token = KERNELS.set(on)
     try:
         yield
     finally:
-        FUSED.reset(token)
+        KERNELS.reset(token)
 
 
-def serves(x: Tensor) -> bool:
-    """Whether a kernel can run on x; the formulas always can."""
-    return x.is_cuda and HAS_TRITON and FUSED.get()
-
-
-def as_op(*tensors: Tensor) -> bool:
-    """Whether to go through PyTorch's dispatcher, for a GPU or a graph.
-
-    On a CPU that costs half as much as the work. Where a gradient is wanted the formula serves,
-    which autograd can follow, on any device.
-    """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+def serves(x: Tensor, *others) -> bool:
+    """Whether a kernel can run on x. The formulas always can, and are what autograd follows."""
+    if not (x.is_cuda and HAS_TRITON and KERNELS.get()) or wants_gradient(x, *others):
         return False
-    return tensors[0].is_cuda or torch.compiler.is_compiling()
+    return capable(x.device.index)
 
 
-def as_is(x: Tensor) -> AbstractContextManager:
-    """In it a launch goes to x's own device, and autocast keeps away from sums in float32."""
-    stack = ExitStack()
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device_of(x))
-    if torch.is_autocast_enabled(x.device.type):
-        stack.enter_context(torch.autocast(x.device.type, enabled=False))
-    return stack
+def wants_gradient(*arguments) -> bool:
+    tensors = (t for t in arguments if isinstance(t, Tensor))
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+@functools.cache
+def capable(device: int) -> bool:
+    """Whether a GPU runs the kernels. Says so, once, where it does not."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
+        warnings.warn(f"{name} runs no kernels, which need 8.0: formulas serve", stacklevel=4)
+    return capability >= (8, 0)
+
+
+def on_its_device(x: Tensor) -> AbstractContextManager:
+    """In it a launch goes to x's own GPU."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def in_full(x: Tensor) -> AbstractContextManager:
+    """In it autocast keeps away from sums in float32."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def traced(*arguments) -> bool:
+    """Whether something looks on that must see an op, and not what it does.
+
+    That is torch.compile, fake tensors or another dispatch mode, torch.func, a subclass; not where
+    a gradient is wanted. Nobody else need pay for the dispatcher: it costs more than a launch.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(t, Tensor) and type(t) not in PLAIN for t in arguments)
+    ) and not wants_gradient(*arguments)
+
+
+def op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """A function as an op of PyTorch's, under its name and this package's.
+
+    Another copy of the package has ops of its own, one below another package too.
+    """
+
+    def refuse(*_):
+        raise NotImplementedError(
+            f"{name} has no rule for vmap: its first dimension is a batch already, so fold yours "
+            "into it (x.flatten(0, 1), and a `slot` of the tables for each row)"
+        )
+
+    def register(function: Callable) -> Callable:
+        namespace = __package__.replace(".", "_")
+        registered = torch.library.custom_op(f"{namespace}::{name}", mutates_args=mutates)(function)
+        registered.register_vmap(refuse)
+        return registered
+
+    return register

@@ -2,7 +2,7 @@
 
     delta <- rms_norm(delta)     Gemma's post-norm, if any
     x     <- x + delta
-    x     <- the edits of its row, as `steer` makes them
+    x     <- the moves of its row, as `steer` makes them
     y     <- rms_norm(x)         for the next block, or for the head
 
 B  batch     T  positions     D  model width
@@ -12,21 +12,17 @@ One after another the three steps move 6 + 4 + 4, Gemma's post-norm 4 more.
 
 Every step rounds where Hugging Face's models round: the sum to x's type; the norm in float32, then
 either rounded and multiplied by the weight (Llama, Mistral, Phi-3), or multiplied by offset +
-weight and rounded (Gemma). So a row without edits comes out as from the unfused steps: x to the
+weight and rounded (Gemma). So a row without moves comes out as from the unfused steps: x to the
 bit, y but for sums of squares in another order.
 """
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import edits as editing
-from .checks import check_edits, check_surroundings
-from .devices import as_is, as_op, tl, triton
-from .edits import acting, edited, fits, place, positions, tiling
-from .tables import PADDING, Edits
+from .checks import check_steering, check_surroundings
+from .devices import in_full, on_its_device, op, tl, traced, triton
+from .steering import acting, fits, moved_by, place, standing, steer_reference, steer_tiling
+from .tables import PADDING, MoveTables
 
 # The formula.
 
@@ -39,23 +35,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return y.to(x.dtype) * weight
 
 
-def formula(
-    x: Tensor,
-    delta: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    post_weight: Tensor | None,
-    bank: Tensor | None,
-    edits: Edits | None,
-    position: Tensor | None,
+def add_steer_norm_reference(
+    x, delta, weight, eps, offset, post_weight, bank, tables: MoveTables | None, position, slot
 ) -> tuple[Tensor, Tensor]:
     """What `add_steer_norm` computes, in PyTorch."""
     if post_weight is not None:
         delta = rms_norm(delta, post_weight, eps, offset)
     x = (x + delta).contiguous()
-    if edits is not None:
-        editing.formula(x, bank, edits, position)
+    if tables is not None:
+        steer_reference(x, bank, tables, position, slot)
     return x, rms_norm(x, weight, eps, offset)
 
 
@@ -66,10 +54,16 @@ def formula(
 def normed(h, weight, eps, D: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.constexpr):
     """h (BLOCK_T, BLOCK_D) float32, 0 beyond D; weight (BLOCK_D,) -> rms_norm, not yet rounded."""
     y = h * tl.rsqrt(tl.sum(h * h, axis=1) / D + eps)[:, None]
+    return weighted(y, weight.to(tl.float32)[None, :], OFFSET, dtype)
+
+
+@triton.jit
+def weighted(y, weight, OFFSET: tl.constexpr, dtype: tl.constexpr):
+    """The end of an RMSNorm, rounded in between where its family rounds, at the end not yet."""
     if OFFSET != 0:
-        y *= (OFFSET + weight.to(tl.float32))[None, :]
+        y *= OFFSET + weight
     else:
-        y = y.to(dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
+        y = y.to(dtype).to(tl.float32) * weight
     return y
 
 
@@ -80,8 +74,9 @@ def add_steer_norm_kernel(
     weight_ptr,
     post_weight_ptr,
     bank_ptr,
-    edits,
+    tables_ptr,
     position_ptr,
+    slot_ptr,
     x_out_ptr,
     y_out_ptr,
     x_stride_b,
@@ -101,9 +96,9 @@ def add_steer_norm_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     K = k_blocks * BLOCK_K
     row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
-    if edits is not None:
-        at = positions(position_ptr, row, t, T, PADDING)
-        now = acting(edits, at, row, 0, K, BLOCK_K)
+    if tables_ptr is not None:
+        at, entry = standing(position_ptr, slot_ptr, row, t, T, PADDING)
+        now = acting(tables_ptr, at, entry, 0, K, BLOCK_K)
     x_ptr += row * x_stride_b + t[:, None] * x_stride_t + column[None, :]
     delta_ptr += row * delta_stride_b + t[:, None] * delta_stride_t + column[None, :]
     h = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
@@ -113,8 +108,8 @@ def add_steer_norm_kernel(
         post_weight = tl.load(post_weight_ptr + column, mask=column < D, other=0.0)
         delta = normed(delta, post_weight, eps, D, OFFSET, dtype).to(dtype).to(tl.float32)
     h = (h + delta).to(dtype).to(tl.float32)
-    if edits is not None:
-        h, _ = edited(h, at, now, row, column, bank_ptr, edits, K, D, BLOCK_T, BLOCK_K)
+    if tables_ptr is not None:
+        h, _ = moved_by(h, at, now, entry, column, bank_ptr, tables_ptr, K, D)
         h = h.to(dtype).to(tl.float32)
     out = (row * T + t)[:, None] * D + column[None, :]
     tl.store(x_out_ptr + out, h, mask=inside)
@@ -133,35 +128,33 @@ def add_steer_norm(
     offset: float = 0.0,
     post_weight: Tensor | None = None,
     bank: Tensor | None = None,
-    edits: Edits | None = None,
+    tables: MoveTables | None = None,
     position: Tensor | None = None,
+    slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x + delta, steered, and its RMSNorm: two new tensors (B, T, D).
 
     x and delta (B, T, D) of one type; weight, post_weight (D,) of the same. offset: 1 for Gemma's
-    norms, whose weights are stored less 1. bank, edits and position are `steer`'s; without edits
-    nothing is steered. ValueError for sizes, types or devices that do not go together.
+    norms, whose weights are stored less 1. bank, tables, position and slot are `steer`'s; without
+    tables nothing is steered. ValueError for sizes, types or devices that do not go together.
 
     On a GPU one launch, as fit for CUDA graphs as `steer`.
     """
     check_surroundings(x, delta, weight, post_weight)
-    if edits is not None:
+    if tables is not None:
         if bank is None:
-            raise ValueError("edits need the bank of directions that they name")
-        check_edits(x, bank, edits, position)
-    if edits is None or not edits.index.shape[1]:
-        bank = edits = position = None
-    elif position is not None:
-        position = position.contiguous()
-    if as_op(x, delta, weight, *([] if post_weight is None else [post_weight])):
-        tables = [] if edits is None else list(edits)
-        return op(x, delta, weight, eps, offset, post_weight, bank, tables, position)
-    with as_is(x):
-        return formula(x, delta, weight, eps, offset, post_weight, bank, edits, position)
+            raise ValueError("tables need the bank of directions that they name")
+        check_steering(x, bank, tables, position, slot)
+    if tables is None or not tables.packed.shape[2]:
+        bank = packed = position = slot = None
+    else:
+        bank, packed = bank.detach(), tables.packed
+        position = None if position is None else position.contiguous()
+    arguments = x, delta, weight, eps, offset, post_weight, bank, packed, position, slot
+    return (add_steer_norm_op if traced(*arguments) else add_steer_norm_run)(*arguments)
 
 
-@torch.library.custom_op(f"{__package__}::add_steer_norm", mutates_args=())
-def op(
+def add_steer_norm_run(
     x: Tensor,
     delta: Tensor,
     weight: Tensor,
@@ -169,34 +162,30 @@ def op(
     offset: float,
     post_weight: Tensor | None,
     bank: Tensor | None,
-    edits: Sequence[Tensor],
+    packed: Tensor | None,
     position: Tensor | None,
+    slot: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    tables, run = Edits(*edits) if edits else None, launch if fits(x) else formula
-    with as_is(x):
-        return run(x, delta, weight, eps, offset, post_weight, bank, tables, position)
+    """By the kernel where one can run, else by the formula."""
+    launched = fits(x, delta, weight, post_weight)
+    tables = None if packed is None else MoveTables(packed)
+    with on_its_device(x) if launched else in_full(x):
+        run = add_steer_norm_launch if launched else add_steer_norm_reference
+        return run(x, delta, weight, eps, offset, post_weight, bank, tables, position, slot)
 
 
-@op.register_fake
-def _(x, delta, weight, eps, offset, post_weight, bank, edits, position):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+add_steer_norm_op = op("add_steer_norm")(add_steer_norm_run)
+add_steer_norm_op.register_fake(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
 
 
-def launch(
-    x: Tensor,
-    delta: Tensor,
-    weight: Tensor,
-    eps: float,
-    offset: float,
-    post_weight: Tensor | None,
-    bank: Tensor | None,
-    edits: Edits | None,
-    position: Tensor | None,
+def add_steer_norm_launch(
+    x, delta, weight, eps, offset, post_weight, bank, tables: MoveTables | None, position, slot
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel: one program for BLOCK_T positions of a row."""
-    (B, T, D), K = x.shape, 0 if edits is None else edits.index.shape[1]
+    (B, T, D), packed = x.shape, None if tables is None else tables.packed
+    K = 0 if packed is None else packed.shape[2]
     sizes = [tensor.itemsize for tensor in (x, bank) if tensor is not None]
-    tile, n_warps = tiling(T, D, K, max(sizes))
+    tile, n_warps = steer_tiling(T, D, K, max(sizes))
     x_out, y_out = x.new_empty(x.shape), x.new_empty(x.shape)
     add_steer_norm_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
         x_ptr=x,
@@ -204,8 +193,9 @@ def launch(
         weight_ptr=weight,
         post_weight_ptr=post_weight,
         bank_ptr=bank,
-        edits=edits,
+        tables_ptr=packed,
         position_ptr=position,
+        slot_ptr=slot,
         x_out_ptr=x_out,
         y_out_ptr=y_out,
         x_stride_b=x.stride(0),

@@ -1,38 +1,44 @@
-"""Ordered edits of every row -> the tables that kernels read. In float64, on the host.
+"""Ordered moves of every row -> the tables that kernels read. In float64, on the host.
 
-B  rows     K  edits per row     N  directions in the bank     D  model width
+R  rows of the tables    K  moves per row    N  directions in the bank    D  model width
 
-An edit moves h along one unit direction u by a clipped affine function of its projection,
+A move changes h along one unit direction u by a clipped affine function of its projection,
 
     d = clip(bias - slope <h, u>, low, high)        h <- h + d u
 
-and the edits of a row act one after another, each on the result of those before it. Only
+and the moves of a row act one after another, each on the result of those before it. Only
 projections pass between them: with p = U h of the h that came in and the Gram matrix G = U U^T,
-edit k sees p_k + sum_{j<k} d_j G_kj. So a row's K dot products can all be taken at once, K scalars
+move k sees p_k + sum_{j<k} d_j G_kj. So a row's K dot products can all be taken at once, K scalars
 follow one from the other, and h is written once, h + sum_k d_k u_k.
+
+A row's table is 7 + K lines of K numbers, 32 bits each: the fields of its moves, then G. So a
+kernel has four moves' biases in one load, and all tables are one tensor.
 """
 
-import itertools
-import numbers
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-PADDING = -(2**31)  # the position of a column that holds no token: no edit reaches it
-ALWAYS = (PADDING + 1, 2**31 - 1)  # first and last of an edit that acts everywhere
+PADDING = -(2**31)  # the position of a column that holds no token: no move reaches it
+ALWAYS = (PADDING + 1, 2**31 - 1)  # first and last of a move that acts everywhere
+AT_ONCE = 2**24  # numbers of directions that a product of many rows' holds, 128 MB
 
 
-class Edit(NamedTuple):
-    """One edit of one row. Position 0 is the last prompt token; `last` is included.
+class Move(NamedTuple):
+    """One move of one row. Position 0 is the last prompt token; `last` is included.
 
     add: bias=weight. To a target: bias=target, slope=1, and low=0 to go only up, high=0 only down.
     Ablation: slope=1.
     """
 
-    index: int = -1  # of the direction in the bank; -1: no edit
+    index: int = -1  # of the direction in the bank; -1: no move
     bias: float = 0.0
     slope: float = 0.0
     low: float = -inf
@@ -41,96 +47,172 @@ class Edit(NamedTuple):
     last: int = ALWAYS[1]
 
 
-class Edits(NamedTuple):
-    """The edits of B rows as tables (B, K), an index of -1 where a row has fewer than K."""
+FIELDS = len(Move._fields)
+WHOLE = [i for i, kind in enumerate(Move.__annotations__.values()) if kind is int]
 
-    index: Tensor  # int32
-    bias: Tensor  # float32, like slope, low and high
-    slope: Tensor
-    low: Tensor
-    high: Tensor
-    first: Tensor  # int32
-    last: Tensor  # int32
-    gram: Tensor  # (B, K, K) float32, <u_k, u_j>
+
+def line(field: str) -> property:
+    """A view of one field of all moves."""
+    i = Move._fields.index(field)
+    dtype = torch.int32 if i in WHOLE else torch.float32
+    return property(lambda tables: tables.packed.view(dtype)[..., i, :])
+
+
+@dataclass(frozen=True, eq=False)
+class MoveTables:
+    """The moves of R rows, or of R rows in each of several layers: `tables[layer]` is a view.
+
+    Views by name: index, first and last (..., R, K) int32, -1 in `index` where a row has fewer than
+    K moves; bias, slope, low and high float32; gram (..., R, K, K) float32, <u_k, u_j>.
+    """
+
+    packed: Tensor  # (..., R, 7 + K, K) int32, which holds the bits of float32 too
+
+    index, bias, slope, low, high, first, last = map(line, Move._fields)
+    gram = property(lambda tables: tables.packed.view(torch.float32)[..., FIELDS:, :])
+
+    def __getitem__(self, layer: int) -> "MoveTables":
+        return MoveTables(self.packed[layer])
 
     @torch.no_grad()
-    def copy_(self, other: "Edits") -> "Edits":
+    def copy_(self, other: "MoveTables") -> "MoveTables":
         """Take other's contents in place, as a captured CUDA graph needs it. Shapes must agree."""
-        if self.index.shape != other.index.shape:
+        if self.packed.shape != other.packed.shape:
             old, new = tuple(self.index.shape), tuple(other.index.shape)
             raise ValueError(
-                f"the tables hold {old} rows and edits, the new ones {new}: compile both with the "
+                f"the tables hold {old} rows and moves, the new ones {new}: compile both with the "
                 "same `capacity`"
             )
-        for mine, theirs in zip(self, other, strict=True):
-            mine.copy_(theirs, non_blocking=True)
+        self.packed.copy_(other.packed, non_blocking=True)
         return self
+
+    def of_rows(self, slot: Tensor) -> "MoveTables":
+        """A copy for rows that are served by others, slot (B,): below 0 without moves."""
+        packed = self.packed[slot.long().clamp(min=0)]
+        packed[:, 0].masked_fill_((slot < 0)[:, None], -1)
+        return MoveTables(packed)
+
+
+# To torch.export and torch.func, tables are the tensor they hold.
+pytree.register_pytree_node(
+    MoveTables,
+    lambda tables: ([tables.packed], None),
+    lambda leaves, _: MoveTables(*leaves),
+    serialized_type_name=f"{__name__}.MoveTables",
+    flatten_with_keys_fn=lambda tables: ([(pytree.GetAttrKey("packed"), tables.packed)], None),
+)
 
 
 @torch.no_grad()
-def compile_edits(bank: Tensor, rows: Sequence[Sequence[Edit]], capacity: int = 0) -> Edits:
-    """bank (N, D); one list of edits a row -> tables on the bank's device.
+def compile_moves(
+    bank: Tensor, rows: Sequence[Sequence], capacity: int = 0, n_layers: int | None = None
+) -> MoveTables:
+    """bank (N, D); one list of moves a row -> tables (R, 7 + K, K) on the bank's device.
 
-    K is the longest list's length, `capacity` at least, and beyond 2 a multiple of 4: the kernel
-    takes 4 at a time. The tables hold the directions' dot products: a bank that changes asks for
-    new ones. ValueError for a direction that the bank has not or that is not finite, for one that
-    is not of unit length where its projection is read, and for positions beyond int32.
+    With n_layers a row is a list of (layer, move), and the tables (n_layers, R, 7 + K, K) are those
+    of all layers, made in one pass. Rows that are one list are compiled once.
+
+    K is the number of moves that a row has at most (in a layer), `capacity` at least, and beyond 2
+    a multiple of 4: the kernel takes 4 at a time. The tables hold the directions' dot products: a
+    bank that changes asks for new ones. ValueError for a direction that the bank has not or that is
+    not finite, for one that is not of unit length where its projection is read, for a layer that is
+    not there and for positions beyond int32.
     """
     if bank.ndim != 2:
         raise ValueError(f"the bank is {tuple(bank.shape)}: give (directions, width)")
-    if any(isinstance(row, Edit) or not isinstance(row, Sequence) for row in rows):
-        raise ValueError("rows is a list of lists: for each row of x its edits, in order")
-    K = max(capacity, *map(len, rows), 0)
+    distinct = {id(row): row for row in rows}
+    if any(isinstance(row, Move) or not isinstance(row, Sequence) for row in distinct.values()):
+        raise ValueError("rows is a list of lists: for each row of x its moves, in order")
+    R, L = len(distinct), 1 if n_layers is None else n_layers
+    moves, places, K = [], [], capacity  # places: a row of a layer, and which of its moves
+    for r, row in enumerate(distinct.values()):
+        count = [0] * L
+        for layer, move in row if n_layers is not None else ((0, move) for move in row):
+            if not 0 <= layer < L:
+                raise ValueError(f"a move at layer {layer}: there are layers 0 to {L - 1}")
+            moves.append(move)
+            places.append((layer * R + r, count[layer]))
+            count[layer] += 1
+        K = max(K, *count, 0)
     K += -K % 4 if K > 2 else 0
-    for edit in itertools.chain(*{id(row): row for row in rows}.values()):
-        check_edit(edit, len(bank))
-    distinct: dict[tuple[Edit, ...], int] = {}  # rows that are alike are compiled once
-    same = [distinct.setdefault(tuple(row), len(distinct)) for row in rows]
-    padded = [[*row, *[Edit()] * (K - len(row))] for row in distinct]
-    table = torch.tensor(padded, dtype=torch.float64, device="cpu")
-    table = table.reshape(len(padded), K, len(Edit._fields))
-    index, bias, slope, low, high, first, last = table.unbind(-1)
-    named, where = index[index >= 0].unique(return_inverse=True)
-    directions = bank[named.long().to(bank.device)].cpu().double()
-    check_lengths(named.long().tolist(), directions, slope[index >= 0], where)
-    gram = torch.zeros(len(padded), K, K, dtype=torch.float64, device="cpu")
-    several = (index >= 0).sum(-1) > 1  # a single edit asks for no dot products
-    u = directions.new_zeros(int(several.sum()), K, bank.shape[1])
-    u[index[several] >= 0] = directions[where[several.repeat_interleave((index >= 0).sum(-1))]]
-    gram[several] = u @ u.mT
-    tables = Edits(
-        index.int(),
-        *(column.float() for column in (bias, slope, low, high)),
-        first.int(),
-        last.int(),
-        gram.float(),
-    )
-    same = torch.tensor(same, dtype=torch.long, device="cpu")
-    return Edits(*(column[same].to(bank.device) for column in tables))
+    table = checked(moves, len(bank))  # (n, 7) float64
+    row, k = torch.tensor(places, dtype=torch.long, device="cpu").view(-1, 2).T
+    packed = bits(checked([Move()], 0)).view(FIELDS, 1).expand(FIELDS, K)
+    packed = torch.cat((packed, packed.new_zeros(K, K))).repeat(L * R, 1, 1)
+    packed[row, :FIELDS, k] = bits(table)
+    fill_gram(packed, bank, table[:, 0].long(), table[:, 2] != 0)
+    packed = packed.view(L, R, FIELDS + K, K)
+    if len(rows) > R:
+        order = {key: r for r, key in enumerate(distinct)}
+        same = [order[id(row)] for row in rows]
+        packed = packed[:, torch.tensor(same, dtype=torch.long, device="cpu")]
+    return MoveTables((packed[0] if n_layers is None else packed).to(bank.device))
 
 
-def check_lengths(named: Sequence[int], directions: Tensor, slope: Tensor, where: Tensor) -> None:
+def bits(table: Tensor) -> Tensor:
+    """(..., 7) float64, the fields of moves -> int32: whole numbers, and the bits of float32."""
+    result = table.float().view(torch.int32)
+    result[..., WHOLE] = table[..., WHOLE].int()
+    return result
+
+
+def fill_gram(packed: Tensor, bank: Tensor, index: Tensor, projected: Tensor) -> None:
+    """Write the rows' Gram matrices, of directions that are checked for what moves ask of them.
+
+    index (n,) of every move's direction; projected (n,) bool, whether it reads its projection.
+    """
+    named = torch.zeros(2, len(bank) + 1, dtype=torch.bool, device="cpu")  # the last: no move
+    named[0, index] = True
+    named[1, index[projected]] = True
+    names = named[0, :-1].nonzero()[:, 0]
+    directions = bank[names.to(bank.device)].cpu()
+    check_lengths(directions, names.tolist(), named[1, names].tolist())
+    place = torch.full((len(bank) + 1,), len(names), device="cpu")  # the last: zeros
+    place[names] = torch.arange(len(names), device="cpu")
+    used = place[packed[:, 0].long()]  # (rows, K)
+    several = (used < len(names)).sum(-1) > 1  # a single move asks for no dot products
+    groups, group = used[several].unique(dim=0, return_inverse=True)
+    if not len(groups):
+        return
+    directions = torch.cat((directions, directions.new_zeros(1, bank.shape[1])))
+    n = max(AT_ONCE // (groups.shape[1] * bank.shape[1]), 1)
+    u = (directions[part].double() for part in groups.split(n))
+    gram = torch.cat([(u @ u.mT).float() for u in u])
+    packed.view(torch.float32)[several.nonzero()[:, 0], FIELDS:] = gram[group]
+
+
+def check_lengths(directions: Tensor, names: Sequence[int], projected: Sequence[bool]) -> None:
     """ValueError for directions that are not finite, or not of length 1 where one is projected on.
 
-    named: the directions' places in the bank; slope, where: each edit's, and which one it names.
+    names: the directions' places in the bank.
     """
-    projected = torch.zeros(len(named), dtype=torch.bool, device="cpu")
-    projected[where[slope != 0]] = True
-    lengths = directions.norm(dim=-1).tolist()
-    for index, size, read in zip(named, lengths, projected.tolist(), strict=True):
+    lengths = torch.linalg.vector_norm(directions, dim=-1, dtype=torch.float64).tolist()
+    for index, size, read in zip(names, lengths, projected, strict=True):
         if not size < inf:
             raise ValueError(f"direction {index} of the bank is not finite")
         if read and abs(size - 1) > 0.01:
             raise ValueError(f"direction {index} of the bank has length {size:.4g}: make it 1")
 
 
-def check_edit(edit: Edit, n_directions: int) -> None:
-    """ValueError for what is no edit along a direction of the bank."""
-    if not isinstance(edit, Edit) or not isinstance(edit.index, numbers.Integral):
-        raise ValueError(f"{edit!r:.60} is no Edit(index of a direction, bias, ...)")
-    if not -1 <= edit.index < n_directions:
-        raise ValueError(f"an edit names direction {edit.index} of a bank of {n_directions}")
-    if not PADDING < edit.first <= edit.last <= ALWAYS[1]:
-        raise ValueError(f"an edit acts from {edit.first} to {edit.last}: no int32 positions")
-    if not (abs(edit.bias) < inf and abs(edit.slope) < inf and edit.low <= edit.high):
-        raise ValueError(f"{edit} has a bias or slope that is not finite, or low above high")
+def checked(moves: Sequence[Move], n_directions: int) -> Tensor:
+    """(n, 7) float64, the fields of moves. ValueError for what is none in such a bank."""
+    for move in moves if set(map(type, moves)) - {Move} else ():
+        if not isinstance(move, Move):
+            raise ValueError(f"{move!r:.60} is no Move(index of a direction, bias, ...)")
+    try:
+        values = torch.frombuffer(
+            array("d", [*chain.from_iterable(moves), 0.0]), dtype=torch.double
+        )
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"a move's fields are numbers of 32 bits: {error}") from error
+    table = values[:-1].view(-1, FIELDS)
+    index, bias, slope, low, high, first, last = table.T
+    for fine, what in (
+        ((index >= -1) & (index < n_directions), "names no direction of a bank of {}"),
+        ((first > PADDING) & (first <= last) & (last <= ALWAYS[1]), "acts at no int32 positions"),
+        ((bias.abs() < inf) & (slope.abs() < inf), "has a bias or slope that is not finite"),
+        (low <= high, "has low above high"),
+    ):
+        for n in fine.logical_not().nonzero()[:1, 0].tolist():
+            raise ValueError(f"{moves[n]} {what.format(n_directions)}")
+    return table

@@ -5,11 +5,10 @@ In 16 bits it reads 4 bytes and writes 2 for each of the MLP's hidden dimensions
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .devices import as_is, as_op, serves, tl, triton
+from ..devices import on_its_device, op, serves, tl, traced, triton
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -19,7 +18,7 @@ ACTIVATIONS = {
 BLOCK = 1024
 
 
-def formula(gate_up: Tensor, activation: str) -> Tensor:
+def gated_reference(gate_up: Tensor, activation: str) -> Tensor:
     """What `gated` computes, in PyTorch."""
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
@@ -47,22 +46,22 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
 
     activation: "silu", "gelu" or "gelu_tanh". Rounds the activation, then the product.
     """
-    return (op if as_op(gate_up) else formula)(gate_up, activation)
+    return (gated_op if traced(gate_up) else gated_run)(gate_up, activation)
 
 
-@torch.library.custom_op(f"{__package__}::gated", mutates_args=())
-def op(gate_up: Tensor, activation: str) -> Tensor:
-    run = launch if serves(gate_up) and gate_up.is_contiguous() else formula
-    with as_is(gate_up):
-        return run(gate_up, activation)
+def gated_run(gate_up: Tensor, activation: str) -> Tensor:
+    """By the kernel where it can run, else by the formula."""
+    if not serves(gate_up) or not gate_up.is_contiguous():
+        return gated_reference(gate_up, activation)
+    with on_its_device(gate_up):
+        return gated_launch(gate_up, activation)
 
 
-@op.register_fake
-def _(gate_up, activation):
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+gated_op = op("gated")(gated_run)
+gated_op.register_fake(lambda x, _: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
 
 
-def launch(gate_up: Tensor, activation: str) -> Tensor:
+def gated_launch(gate_up: Tensor, activation: str) -> Tensor:
     """Run the kernel: one program for BLOCK dimensions of a position."""
     N = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], N)

@@ -1,0 +1,286 @@
+"""The op `steer`: x += the moves of its row, in order, in one pass over the residual stream.
+
+B  batch     T  positions     D  model width     K  moves per row     N  directions in the bank
+R  rows of the tables
+
+tables.py says what a move is, and why K dot products, a recurrence of K scalars and one weighted
+sum do: with p = U h and G = U U^T the k-th move sees p_k + sum_{j<k} d_j G_kj. Here are, downwards,
+that formula in PyTorch, the kernel, and the op with its launcher.
+
+The kernel reads and writes x once and reads each row's directions: in 16 bits 4 B T D + 2 B K D
+bytes at least, where one hook a move takes 4 B T D each. Past a few thousand positions that
+decides; while decoding it is the two reads that wait for each other, of a table and of the
+direction it names.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import check_steering, check_stream
+from .devices import in_full, on_its_device, op, serves, tl, traced, triton
+from .tables import PADDING, MoveTables
+
+MAX_D = 16384  # a program holds whole positions in registers
+
+
+# The formula.
+
+
+def steer_reference(
+    x: Tensor, bank: Tensor, tables: MoveTables, position: Tensor | None, slot: Tensor | None
+) -> Tensor:
+    """What `steer` computes, in PyTorch and in place."""
+    tables = tables if slot is None else tables.of_rows(slot)
+    h, u = x.float(), directions_of(bank, tables)
+    d = moves_of(h, u, tables, position)
+    moved = (d != 0).any(-1, keepdim=True)
+    return x.copy_(torch.where(moved, (h + d @ u).to(x.dtype), x))
+
+
+def directions_of(bank: Tensor, tables: MoveTables) -> Tensor:
+    """The direction of every move, (B, K, D) float32, zeros where a row has none."""
+    index = tables.index
+    u = bank.detach()[index.long().clamp(min=0)].float()
+    return torch.where((index >= 0)[..., None], u, 0.0)  # another row's NaN stays with it
+
+
+def moves_of(h: Tensor, u: Tensor, tables: MoveTables, position: Tensor | None) -> Tensor:
+    """d of every move at every position, (B, T, K), 0 where it does not act.
+
+    h (B, T, D) and u (B, K, D) float32, position (B, T) int32 or None: all 0.
+    """
+    p = h @ u.mT  # (B, T, K)
+    d = torch.zeros_like(p)
+    at = p.new_zeros(p.shape[:2], dtype=torch.int32) if position is None else position
+    at = at[..., None]
+    bias, slope, low, high = tables.bias, tables.slope, tables.low, tables.high
+    acts = (tables.first[:, None] <= at) & (at <= tables.last[:, None])
+    acts &= (tables.index >= 0)[:, None]
+    for k in range(u.shape[1]):
+        seen = p[..., k] + (d * tables.gram[:, None, k]).sum(-1)  # (B, T)
+        move = bias[:, k, None] - torch.where(slope[:, k, None] != 0, slope[:, k, None] * seen, 0.0)
+        move = move.clamp(low[:, k, None], high[:, k, None])
+        d[..., k] = move.where(acts[..., k], 0.0)
+    return d
+
+
+# The kernel.
+
+
+@triton.jit
+def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """This program's row, positions t (BLOCK_T,), columns (BLOCK_D,), and which of those exist."""
+    t_blocks = tl.cdiv(T, BLOCK_T)
+    row = (tl.program_id(0) // t_blocks).to(tl.int64)
+    t = (tl.program_id(0) % t_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_D)
+    return row, t, column, (t < T)[:, None] & (column < D)[None, :]
+
+
+@triton.jit
+def standing(position_ptr, slot_ptr, row, t, T, PADDING: tl.constexpr):
+    """Where the program's tokens stand, (BLOCK_T,) int32, and which row of the tables is theirs."""
+    entry = row
+    if slot_ptr is not None:
+        entry = tl.load(slot_ptr + row).to(tl.int64)
+    if position_ptr is None:
+        at = tl.where(t < T, 0, PADDING)
+    else:
+        at = tl.load(position_ptr + row * T + t, mask=t < T, other=PADDING)
+    return at, entry
+
+
+@triton.jit
+def line(tables_ptr, entry, i, K):
+    """Line i of a row's table: 0 index, 1 bias, 2 slope, 3 low, 4 high, 5 first, 6 last, 7.. G."""
+    return tables_ptr + (entry * (7 + K) + i) * K
+
+
+@triton.jit
+def acting(tables_ptr, at, entry, k0, K, BLOCK_K: tl.constexpr):
+    """Of the moves from k0 on: directions (BLOCK_K,), which act at `at`, and if any projects."""
+    k = k0 + tl.arange(0, BLOCK_K)
+    some = (k < K) & (entry >= 0)
+    index = tl.load(line(tables_ptr, entry, 0, K) + k, mask=some, other=-1)
+    first = tl.load(line(tables_ptr, entry, 5, K) + k, mask=some, other=0)
+    last = tl.load(line(tables_ptr, entry, 6, K) + k, mask=some, other=-1)
+    slope = tl.load(line(tables_ptr, entry, 2, K) + k, mask=some, other=0)
+    acts = (index >= 0) & (first <= at) & (at <= last)
+    projects = acts & (slope.to(tl.float32, bitcast=True) != 0)
+    return index, acts, tl.max(projects.to(tl.int32), axis=0)
+
+
+@triton.jit
+def moved_by(h, at, now, entry, column, bank_ptr, tables_ptr, K, D: tl.constexpr):
+    """h (BLOCK_T, BLOCK_D) float32, at (BLOCK_T,) -> h after the row's moves, and where it moved.
+
+    While decoding, several moves of one position share a reduction over D, and the Gram matrix
+    tells each what those before it did; in a prefill several positions share the load of one move.
+    So one of BLOCK_T and BLOCK_K is 1, for the sake of registers: a tile is (moves, width) or
+    (positions, width). From block to block h itself carries the moves. `now` is `acting` of the
+    first block, loaded beside h; `ahead` that of the next, loaded while this one is worked on.
+    """
+    index, acts, projects = now
+    BLOCK_T: tl.constexpr = h.shape[0]
+    BLOCK_K: tl.constexpr = index.shape[0]
+    tl.static_assert(BLOCK_T == 1 or BLOCK_K == 1)
+    slot = tl.arange(0, BLOCK_K)
+    moved = tl.full((BLOCK_T,), False, tl.int1)
+    for k0 in range(0, K, BLOCK_K):
+        ahead = acting(tables_ptr, at, entry, k0 + BLOCK_K, K, BLOCK_K)
+        if tl.max(acts.to(tl.int32), axis=0) > 0:
+            k = k0 + slot
+            wanted = (acts if BLOCK_T == 1 else index >= 0)[:, None] & (column < D)[None, :]
+            u_ptr = bank_ptr + index.to(tl.int64)[:, None] * D + column[None, :]
+            bias = tl.load(line(tables_ptr, entry, 1, K) + k).to(tl.float32, bitcast=True)
+            slope = tl.load(line(tables_ptr, entry, 2, K) + k).to(tl.float32, bitcast=True)
+            low = tl.load(line(tables_ptr, entry, 3, K) + k).to(tl.float32, bitcast=True)
+            high = tl.load(line(tables_ptr, entry, 4, K) + k).to(tl.float32, bitcast=True)
+            gram = ()  # rows of the block, which are its columns: read before the reduction's wait
+            for j in tl.static_range(BLOCK_K - 1):
+                g = tl.load(line(tables_ptr, entry, 7 + k0 + j, K) + k)
+                gram += (g.to(tl.float32, bitcast=True),)
+            # Directions are read twice, which is cheap while they stay in the cache: kept for the
+            # second use, they would crowd the registers.
+            p = tl.zeros((BLOCK_T * BLOCK_K,), tl.float32)
+            if projects > 0:
+                u = tl.load(u_ptr, mask=wanted, other=0.0, eviction_policy="evict_last")
+                p = tl.sum(u.to(tl.float32) * h, axis=1)
+            d = tl.zeros_like(p)
+            for j in tl.static_range(BLOCK_K):
+                move = bias - tl.where(slope != 0, slope * p, 0.0)  # an add keeps clear of inf
+                move = tl.maximum(move, low, tl.PropagateNan.ALL)
+                move = tl.minimum(move, high, tl.PropagateNan.ALL)
+                move = tl.where(acts & (slot == j), move, 0.0)
+                d += move
+                if j + 1 < BLOCK_K:
+                    p += gram[j] * tl.sum(move, axis=0)
+            u = tl.load(u_ptr, mask=wanted, other=0.0).to(tl.float32)
+            touched, step = d != 0, d[:, None] * u
+            if BLOCK_K > 1:  # (1,) and (1, BLOCK_D)
+                touched = tl.max(touched.to(tl.int32), axis=0, keep_dims=True) > 0
+                step = tl.sum(step, axis=0, keep_dims=True)
+            h = tl.where(touched[:, None], h + step, h)  # else -0.0 would become 0.0
+            moved |= touched
+        index, acts, projects = ahead
+    return h, moved
+
+
+@triton.jit
+def steer_kernel(
+    x_ptr,
+    bank_ptr,
+    tables_ptr,
+    position_ptr,
+    slot_ptr,
+    stride_b,
+    stride_t,
+    T,
+    k_blocks,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    K = k_blocks * BLOCK_K  # visibly a multiple: a block of a table is one aligned load
+    row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
+    at, entry = standing(position_ptr, slot_ptr, row, t, T, PADDING)
+    now = acting(tables_ptr, at, entry, 0, K, BLOCK_K)
+    x_ptr += row * stride_b + t[:, None] * stride_t + column[None, :]
+    h = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    h, moved = moved_by(h, at, now, entry, column, bank_ptr, tables_ptr, K, D)
+    tl.store(x_ptr, h, mask=inside & moved[:, None])  # the one rounding
+
+
+# The op and its launcher.
+
+
+def steer(
+    x: Tensor,
+    bank: Tensor,
+    tables: MoveTables,
+    position: Tensor | None = None,
+    slot: Tensor | None = None,
+) -> Tensor:
+    """Move x (B, T, D) in place and return it.
+
+    bank (N, D) holds unit rows; position (B, T) int32 says where a token stands (see Move); None
+    stands for 0 everywhere, so that windows mean what they mean for the last prompt token. slot
+    (B,) int32 says which of the tables' R rows serves a row of x, below 0 none; None: row b row b,
+    and R is B. Sums in float32 and rounds once. Where no move changes anything x keeps its bits. x
+    is float32, float16 or bfloat16 and may be strided but for D; the bank's type is best x's own.
+    Gradients pass to x, none to the bank. ValueError for sizes, types or devices that do not go
+    together. That slots are below R, and the tables' directions below N, is yours to see to: on a
+    GPU nobody looks, and what lies beyond is read.
+
+    On a GPU one launch, without host reads and, where position is contiguous, without allocation:
+    fit for CUDA graphs, once it has run with the same shapes, strides, types and alignments. What
+    tables and slots hold may then change between replays. Called eagerly, it is the host that takes
+    time: checks and launch cost more than the kernel.
+    """
+    check_stream(x)
+    if any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"x has strides {x.stride()}: it cannot be written where rows overlap")
+    check_steering(x, bank, tables, position, slot)
+    if tables.packed.shape[2]:
+        position = None if position is None else position.contiguous()
+        arguments = x, bank.detach(), tables.packed, position, slot
+        (steer_op if traced(*arguments) else steer_run)(*arguments)
+    return x
+
+
+def steer_run(
+    x: Tensor, bank: Tensor, packed: Tensor, position: Tensor | None, slot: Tensor | None
+) -> None:
+    """By the kernel where one can run, else by the formula."""
+    launched = fits(x)
+    with on_its_device(x) if launched else in_full(x):
+        run = steer_launch if launched else steer_reference
+        run(x, bank, MoveTables(packed), position, slot)
+
+
+steer_op = op("steer", mutates=("x",))(steer_run)
+steer_op.register_fake(lambda x, bank, packed, position, slot: None)
+
+
+def steer_launch(x, bank, tables: MoveTables, position, slot) -> None:
+    """Run the kernel: one program for BLOCK_T positions of a row."""
+    (B, T, D), K = x.shape, tables.packed.shape[2]
+    tile, n_warps = steer_tiling(T, D, K, max(x.itemsize, bank.itemsize))
+    steer_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
+        x_ptr=x,
+        bank_ptr=bank,
+        tables_ptr=tables.packed,
+        position_ptr=position,
+        slot_ptr=slot,
+        stride_b=x.stride(0),
+        stride_t=x.stride(1),
+        T=T,
+        k_blocks=K // tile["BLOCK_K"],
+        D=D,
+        **tile,
+        PADDING=PADDING,
+        num_warps=n_warps,
+    )
+
+
+def fits(x: Tensor, *others) -> bool:
+    """Whether the kernels can run on x, whose positions they hold whole."""
+    return x.shape[-1] <= MAX_D and serves(x, *others)
+
+
+def steer_tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
+    """Block sizes and warps for T positions of a row with K moves, elements of `itemsize` bytes.
+
+    A thread holds 32 elements of x at most, and up to 16 of each of four directions: what compiles
+    without spills and loads 128 bits at a time (tests/test_compiles.py). Not yet tuned on a GPU.
+    """
+    block_d = triton.next_power_of_2(D)
+    n_warps = min(max(block_d // 256, 1), 8) if block_d <= 4096 else 16
+    share = max(block_d // (32 * n_warps), 1)  # of a position, to a thread
+    if T > 1:
+        block_t, block_k = min(4, triton.next_power_of_2(T), 32 // share), 1
+    else:
+        block_t, block_k = 1, min(4, K & -K, 128 // (share * itemsize)) if share <= 16 else 1
+    return {"BLOCK_D": block_d, "BLOCK_T": block_t, "BLOCK_K": max(block_k, 1)}, n_warps
