@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub.errors import HTTPError
 
 import tinysteer as ts
-from tinysteer.hub import fetch
+from tinysteer.loading.hub import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEEDED = {"config.json", "generation_config.json", "model.safetensors"}

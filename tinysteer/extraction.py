@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinysteer.generation import check_lengths
+from tinysteer.decoding.generation import check_lengths
 from tinysteer.language_model import LanguageModel
-from tinysteer.model import Cache, Recorder
-from tinysteer.tokenizer import Prompt, pad
-from tinysteer.vectors import SteeringVector
+from tinysteer.model.decoder import Cache, Recorder
+from tinysteer.steering.vectors import SteeringVector
+from tinysteer.text.tokenizer import Prompt, pad
 from tinysteer.version import VERSION
 
 METHODS = {

@@ -1,22 +1,54 @@
-"""A decoder with its tokenizer: what `load` returns."""
+"""The front door: `load`, and the language model that it returns, a decoder with its tokenizer."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinysteer import generation
-from tinysteer.config import Config
-from tinysteer.edits import Edit
-from tinysteer.explanation import Explanation, explain
-from tinysteer.model import CHUNK, Cache, Decoder, Recorder
-from tinysteer.sampling import Sampler
-from tinysteer.steering import Changing, Steer, changes, check_fit, per_row, seam
-from tinysteer.stepping import Steps
-from tinysteer.streaming import TextStream
-from tinysteer.tokenizer import Prompt, Tokenizer
+from tinysteer.decoding import generation
+from tinysteer.decoding.explanation import Explanation, explain
+from tinysteer.decoding.sampling import Sampler
+from tinysteer.decoding.stepping import Steps
+from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device, parse_dtype
+from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
+from tinysteer.model.config import Config
+from tinysteer.model.decoder import CHUNK, Cache, Decoder, Recorder
+from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
+from tinysteer.steering.edits import Edit
+from tinysteer.text.streaming import TextStream
+from tinysteer.text.tokenizer import Prompt, Tokenizer
+
+
+def load(
+    source: str | Path = EMBEDDED[0],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> "LanguageModel":
+    """Load a model from a folder in Hugging Face layout, or from the Hub by its id ("owner/name").
+
+    "tiny-instruct" and "tiny-base" come with the package: 1.3 million parameters, for trying out.
+    dtype: of the weights in memory, "float32" or torch.float32 and so on; default the
+    checkpoint's own. device: default the GPU where there is one. revision: a branch, tag or
+    commit of the Hub. Errors are sentences that name the cure: ValueError for what the files
+    hold, FileNotFoundError, PermissionError and ConnectionError for getting them.
+    """
+    dtype = parse_dtype(dtype)
+    device = parse_device(device)
+    folder = fetch(source, revision)
+    config = load_config(folder)
+    tokenizer = Tokenizer.load(folder)
+    decoder = load_decoder(folder, config, dtype, device)
+    if is_embedded(source):
+        revision = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        return LanguageModel(decoder, tokenizer, str(source), revision)
+    if Path(source).expanduser().is_dir():
+        return LanguageModel(decoder, tokenizer, folder.resolve().name)
+    return LanguageModel(decoder, tokenizer, str(source), folder.name)  # named by its commit
 
 
 class LanguageModel:

@@ -3,11 +3,10 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from tinysteer.checkpoint import load
-from tinysteer.edits import WINDOWS, Where, window
 from tinysteer.experiments import EXPERIMENTS, Settings, reproduce
+from tinysteer.language_model import load
+from tinysteer.steering.edits import WINDOWS, Where, parse_window
 
 
 def add_parser(commands) -> None:
@@ -25,7 +24,9 @@ def add_parser(commands) -> None:
     one.add_argument("--layers", metavar="JSON", help="a summary.json whose layers to take")
     one.add_argument("--layer", type=int, metavar="L", help="for lengths and words")
     one.add_argument("--weights", type=float, nargs="+", metavar="W", help="to sweep, likewise")
-    one.add_argument("--where", default="all", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all)")
+    one.add_argument(
+        "--where", type=parse_where, default="all", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all)"
+    )
     one.add_argument("--validation", type=int, default=8, metavar="N", help="prompts a choice (8)")
     one.add_argument("--validation-tokens", type=int, default=256, metavar="N", help="256")
     one.add_argument("--step", type=int, default=2, help="between the layers tried (2)")
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         layers=read_layers(options.layers) if options.layers else {},
         layer=options.layer,
         weights=tuple(options.weights) if options.weights else None,
-        where=read_where(options.where),
+        where=options.where,
         validation=options.validation,
         step=options.step,
         max_new_tokens=options.max_new_tokens,
@@ -59,16 +60,12 @@ def run(options: argparse.Namespace) -> None:
     print(reproduce(options.experiment, out=out, settings=settings, **models), end="")
 
 
-def read_where(text: str) -> Where:
-    """A name, or FIRST,STOP. ValueError for neither."""
-    where: Any = text
-    if text not in WINDOWS:
-        try:
-            where = tuple(int(part) if part else None for part in text.split(","))
-        except ValueError:
-            raise ValueError(f"--where {text}: use {', '.join(WINDOWS)} or FIRST,STOP") from None
-    window(where)
-    return where
+def parse_where(text: str) -> Where:
+    """`parse_window` for argparse, which reports what does not fit."""
+    try:
+        return parse_window(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def read_layers(path: str) -> dict[str, dict[str, int | None]]:
