@@ -471,7 +471,7 @@ def test_the_command_prints_the_report_and_draws(brief, tmp_path, capsys):
 
 REFUSED = {
     "transfer needs the model that vectors come from: --source": ["transfer", "tiny-base"],
-    "--where middle: use all, prompt, generation or FIRST,STOP": [
+    "'middle' is none of all, prompt, generation, and not FIRST,STOP": [
         "format",
         "tiny-base",
         "--where",

@@ -213,21 +213,9 @@ class LanguageModel:
         start (B,): where rows padded on the left begin; default 0. prompt_length: how many of
         the columns are the prompt, for edits that tell it from what follows; default all.
         """
-        states = self.states(tokens, steer, start=start, prompt_length=prompt_length)
-        return self.decoder.logits(states)
-
-    @torch.no_grad()
-    def states(
-        self,
-        tokens: Tensor,
-        steer: Steer = None,
-        *,
-        start: Tensor | None = None,
-        prompt_length: int | None = None,
-    ) -> Tensor:
-        """What the head reads: (B, T, D) after the last norm. Arguments as for `logits`."""
         chunks, cache, steer = self._run(tokens, steer, start, prompt_length)
-        return torch.cat([self.decoder(chunk, cache, steer) for chunk in chunks], dim=1)
+        normed = torch.cat([self.decoder(chunk, cache, steer) for chunk in chunks], dim=1)
+        return self.decoder.logits(normed)
 
     @torch.no_grad()
     def residuals(

@@ -4,7 +4,7 @@
                {"vector": "brief.safetensors", "layer": 2, "verb": "add", "weight": 4.0,
                 "where": [0, 64]}]}
 
-`vector` is a file, found from the plan's folder; `layer` and `verb` say which edit; `weight` is
+`vector` is a file, entries from the plan's folder; `layer` and `verb` say which edit; `weight` is
 for add, `alpha` and `target` for to_target, at_least and at_most; `where` is one of edits.WINDOWS
 or [first, stop]. What is left out has the verb's default.
 """
@@ -36,7 +36,7 @@ FORM = '{"edits": [...]}'
 def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") -> list[Edit]:
     """A plan's file, or its content as a dict -> its edits, in order.
 
-    Vectors' files are found from the plan's own folder, a dict's from `folder`. ValueError that
+    Vectors' files are entries from the plan's own folder, a dict's from `folder`. ValueError that
     names the key which is wrong, before any vector is read; FileNotFoundError.
     """
     if isinstance(source, Mapping):
@@ -54,11 +54,11 @@ def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """What JSON leaves open: a key that stands twice is an error."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [key for key, _ in pairs]
         raise ValueError(f"{next(k for k in names if names.count(k) > 1)!r} stands there twice")
-    return found
+    return entries
 
 
 def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
