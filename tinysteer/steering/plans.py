@@ -103,7 +103,7 @@ def check_entry(entry: Any, name: str) -> None:
         raise ValueError(f"{name}.verb is {verb!r}; it must be one of {', '.join(VERBS)}")
     kinds = {  # what a value must be, and whether it is
         "vector": ("a file's name", lambda v: isinstance(v, str | Path) and str(v)),
-        "layer": ("a whole number", lambda v: isinstance(v, Integral) and not is_truth(v)),
+        "layer": ("a whole number", lambda v: is_number(v, Integral)),
         "verb": ("a verb", lambda v: True),
         "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", is_window),
         **dict.fromkeys(VERBS[verb], ("a finite number", is_number)),
@@ -116,17 +116,14 @@ def check_entry(entry: Any, name: str) -> None:
             raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
 
 
-def is_truth(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
+def is_number(value: Any, kind: type = Real) -> bool:
+    """Of that kind, finite in float32, and not a truth value, which Python takes for a number."""
     largest = torch.finfo(torch.float32).max
-    return isinstance(value, Real) and not is_truth(value) and abs(value) <= largest
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= largest
 
 
 def is_window(value: Any) -> bool:
-    if isinstance(value, Sequence) and any(map(is_truth, value)):
+    if isinstance(value, Sequence) and any(isinstance(end, bool) for end in value):
         return False
     try:
         return bool(window(value))
