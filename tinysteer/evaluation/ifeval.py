@@ -45,12 +45,8 @@ def prepare(instruction_id: str, kwargs: Mapping) -> tuple[Callable[..., bool], 
 def variants(response: str) -> Iterator[str]:
     """The response; without its first line, its last, or both; and all four without stars."""
     lines = response.split("\n")
-    for text in (
-        response,
-        "\n".join(lines[1:]).strip(),
-        "\n".join(lines[:-1]).strip(),
-        "\n".join(lines[1:-1]).strip(),
-    ):
+    shorter = ("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))
+    for text in (response, *shorter):
         yield text
         yield text.replace("*", "")
 
