@@ -4,7 +4,7 @@
 
 or all. From a checkout that is not installed: PYTHONPATH=.:kernels python bench/decode.py
 
-Models have their real shapes and random weights, in bfloat16; steps are tinysteer.stepping's, as
+Models have their real shapes and random weights, in bfloat16; steps are tinysteer.decoding's, as
 captured CUDA graphs. A row's cache holds `context` columns of random keys and values, and the step
 runs at the last of them. The ways of one line are replayed in turn, a few steps at a time, and a
 difference is to "off", with its 95 % interval. "idle" has edits everywhere that never act; "one
@@ -34,8 +34,8 @@ from shapes import SHAPES, cache_bytes, draw, shrunk, weight_bytes
 from stepped import IDLE, OFF, ONE, Replay, Way, change, every, placed, steps_a_replay, verify
 from timing import Times, measure, record
 
-from tinysteer.model import Decoder
-from tinysteer.stepping import Capture, CudaGraphs
+from tinysteer.decoding.stepping import Capture, CudaGraphs
+from tinysteer.model.decoder import Decoder
 
 LLAMA = "Llama-3.1-8B"
 MODELS = ("Mistral-7B-v0.3", "Phi-3-mini-4k", "Gemma-2-2B", "Gemma-2-9B", "SmolLM2-135M")
@@ -200,7 +200,7 @@ def check() -> None:
 
     machine = Machine("cuda", CudaGraphs(), measure, unwritten)
     if not torch.cuda.is_available():
-        sys.path.append(str(Path(__file__).parents[1] / "tests"))
+        sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
         from dispatch import Tape
 
         machine = Machine("cpu", Tape, untimed, unwritten)

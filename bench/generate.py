@@ -18,12 +18,12 @@ import transformers
 from common import table, where
 
 import tinysteer as ts
-from tinysteer import generation
-from tinysteer.steering import per_row
-from tinysteer.streaming import TextStream
-from tinysteer.tokenizer import pad
+from tinysteer.decoding import generation
+from tinysteer.steering.batch import per_row
+from tinysteer.text.streaming import TextStream
+from tinysteer.text.tokenizer import pad
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 from oracle import hooked
 
 N_TOKENS, ROUNDS = 32, 9

@@ -18,7 +18,7 @@ import torch
 from common import table, where
 from safetensors.torch import save_file
 
-from tinysteer.checkpoint import read_headers
+from tinysteer.loading.checkpoint import read_headers
 
 CONFIG = {
     "model_type": "llama",
@@ -35,7 +35,7 @@ LOAD = """
 import sys, time
 from pathlib import Path
 import torch
-from tinysteer.checkpoint import load_config, load_decoder
+from tinysteer.loading.checkpoint import load_config, load_decoder
 
 def peak():  # not getrusage's, which a process inherits from its parent
     status = Path("/proc/self/status").read_text()

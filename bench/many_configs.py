@@ -30,9 +30,9 @@ from shapes import SHAPES, draw, shrunk
 from stepped import Run, random_edits, random_prompts, run
 from timing import difference, record
 
-from tinysteer.edits import Edit
-from tinysteer.model import Decoder
-from tinysteer.stepping import Steps
+from tinysteer.decoding.stepping import Steps
+from tinysteer.model.decoder import Decoder
+from tinysteer.steering.edits import Edit
 
 MODEL = "R1-Distill-1.5B"
 B, PROMPT, N_TOKENS = 256, 16, 128
@@ -155,7 +155,7 @@ def shown(found: list[dict]) -> str:
 
 def check() -> None:
     """All ways at a tiny shape in float32, captured on tapes: every token as without them."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
     from dispatch import Tape
 
     decoder = draw(shrunk(SHAPES[MODEL]), "cpu", torch.float32)

@@ -34,9 +34,9 @@ from stepped import Run, finish, random_edits, random_prompts, run
 from tinysteer_kernels import attention, gating, residual
 from torch import Tensor, nn
 
-from tinysteer.families import FAMILIES
-from tinysteer.model import Cache, Decoder, Seam, unsteered
-from tinysteer.stepping import Capture, Steps
+from tinysteer.decoding.stepping import Capture, Steps
+from tinysteer.loading.families import FAMILIES
+from tinysteer.model.decoder import Cache, Decoder, Seam, unsteered
 
 PROMPT, N_TOKENS, ROUNDS, K = 32, 64, 3, 4
 THEIRS = f"transformers {transformers.__version__}"

@@ -6,8 +6,8 @@ all layers to the logits.
 
 import torch
 
-from tinysteer.families import read_config
-from tinysteer.model import Decoder
+from tinysteer.loading.families import read_config
+from tinysteer.model.decoder import Decoder
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 LLAMA3_ROPE = {

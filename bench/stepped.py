@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinysteer.config import Config
-from tinysteer.edits import Direction, Edit
-from tinysteer.generation import tokens_of
-from tinysteer.model import Decoder
-from tinysteer.stepping import BROKEN, Capture, Step, Steps
+from tinysteer.decoding.generation import tokens_of
+from tinysteer.decoding.stepping import BROKEN, Capture, Step, Steps
+from tinysteer.model.config import Config
+from tinysteer.model.decoder import Decoder
+from tinysteer.steering.edits import Direction, Edit
 
 STEPS = 8  # of a replay, at most: as many as last REPLAY
 REPLAY = 4e-3  # seconds

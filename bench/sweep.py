@@ -18,9 +18,9 @@ import transformers
 from common import table, where
 
 import tinysteer as ts
-from tinysteer.selection import sweep
+from tinysteer.evaluation.selection import sweep
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
 from oracle import hooked
 
 N_LAYERS, N_PROMPTS, N_TOKENS = 10, 20, 64

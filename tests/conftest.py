@@ -12,7 +12,7 @@ from checkpoints import VARIANTS, make_checkpoint
 from tinysteer_kernels.devices import HAS_TRITON
 
 import tinysteer as ts
-from tinysteer.lab import FORMATS, Lab
+from tinysteer.demo.measures import FORMATS, Lab
 
 if HAS_TRITON and DEVICE == "cpu":
     import interpreter  # noqa: F401

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here"
 @cache
 def started() -> dict[int, subprocess.Popen]:
     """All at once, by processes of their own: this one's kernels are interpreted."""
-    script = Path(__file__).with_name("compiled.py")
+    script = Path(__file__).parent / "helpers/compiled.py"
     settings = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return {

@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tinysteer import cli, demo
-from tinysteer.lab import FORMATS, is_json
+from tinysteer import cli
+from tinysteer.demo import show
+from tinysteer.demo.measures import FORMATS, is_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:steering tiny-base")
 
@@ -18,7 +19,7 @@ def shown():
     """(its data, what it printed)"""
     said = []
     torch.set_num_threads(os.cpu_count() or 1)
-    data = demo.measure(said.append)
+    data = show.measure(said.append)
     torch.set_num_threads(1)
     return data, "\n".join(said)
 
@@ -89,7 +90,7 @@ def test_the_command_prints_the_tables_or_one_json_object(monkeypatch, capsys):
         say("a table")
         return {"formats": {}}
 
-    monkeypatch.setattr(demo, "measure", measure)
+    monkeypatch.setattr(show, "measure", measure)
     assert cli.main(["demo"]) == 0
     assert capsys.readouterr().out == "a table\n"
     assert cli.main(["demo", "--json"]) == 0

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tinysteer as ts
-from tinysteer import quality
 from tinysteer.cli import main
+from tinysteer.evaluation import quality
+from tinysteer.evaluation.selection import LOW_PERPLEXITY, choose_layer
 from tinysteer.experiments import (
     EXPERIMENTS,
     Settings,
@@ -22,11 +23,10 @@ from tinysteer.experiments import (
     words,
 )
 from tinysteer.experiments.choosing import Trial, choose
+from tinysteer.experiments.intervals import mean, share
 from tinysteer.experiments.presets import INSTRUCTIONS, preset
 from tinysteer.experiments.report import Table
-from tinysteer.experiments.statistics import mean, share
 from tinysteer.experiments.study import Ask, Study
-from tinysteer.selection import LOW_PERPLEXITY, choose_layer
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -471,7 +471,7 @@ def test_the_command_prints_the_report_and_draws(brief, tmp_path, capsys):
 
 REFUSED = {
     "transfer needs the model that vectors come from: --source": ["transfer", "tiny-base"],
-    "--where middle: use all, prompt, generation or FIRST,STOP": [
+    "'middle' is none of all, prompt, generation, and not FIRST,STOP": [
         "format",
         "tiny-base",
         "--where",

@@ -7,8 +7,8 @@ import torch
 import transformers
 from checkpoints import SIZES, VARIANTS, longrope
 
-from tinysteer.families import FAMILIES, read_config
-from tinysteer.model import Decoder
+from tinysteer.loading.families import FAMILIES, read_config
+from tinysteer.model.decoder import Decoder
 
 CONFIG_CLASSES = {
     "llama": transformers.LlamaConfig,

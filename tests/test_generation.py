@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tinysteer as ts
-from tinysteer.sampling import Sampler
+from tinysteer.decoding.sampling import Sampler
 
 PROMPTS = ["short", "a somewhat longer prompt", "x", "and one more of them"]
 

@@ -7,8 +7,8 @@ import torch
 from checkpoints import VARIANTS
 
 import tinysteer as ts
-from tinysteer.model import CHUNK, Cache, Decoder, unsteered
-from tinysteer.tokenizer import pad
+from tinysteer.model.decoder import CHUNK, Cache, Decoder, unsteered
+from tinysteer.text.tokenizer import pad
 
 T = 24
 

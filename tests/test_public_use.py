@@ -8,7 +8,7 @@ import torch
 from oracle import hooked, layers_of
 from tinysteer_kernels import Edit, add_steer_norm, compile_edits, steer
 
-from tinysteer.edits import Edit as LayerEdit
+from tinysteer.steering.edits import Edit as LayerEdit
 
 LAYERS = (1, 3)
 

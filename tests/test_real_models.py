@@ -6,11 +6,11 @@ from dispatch import Tape
 from oracle import hooked, last_states, would_say
 
 import tinysteer as ts
-from tinysteer import generation
-from tinysteer.model import Cache
-from tinysteer.steering import per_row
-from tinysteer.stepping import Steps
-from tinysteer.streaming import TextStream
+from tinysteer.decoding import generation
+from tinysteer.decoding.stepping import Steps
+from tinysteer.model.decoder import Cache
+from tinysteer.steering.batch import per_row
+from tinysteer.text.streaming import TextStream
 
 pytestmark = pytest.mark.real
 

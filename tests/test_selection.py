@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import tinysteer as ts
-from tinysteer import selection
-from tinysteer.selection import choose_layer, perplexity, repetition, sweep, sweep_layers
+from tinysteer.evaluation import quality
+from tinysteer.evaluation.quality import perplexity, repetition
+from tinysteer.evaluation.selection import choose_layer, sweep, sweep_layers
 
 CLEAN = dict.fromkeys((None, 1, 3, 5), 0.0)
 CHOICES = {
@@ -66,7 +67,7 @@ def test_perplexity_is_transformers_loss(checkpoint):
 def test_of_a_long_text_the_end_counts(checkpoint, monkeypatch):
     folder, theirs = checkpoint("llama: grouped heads")
     ours = ts.load(folder, dtype="float32")
-    monkeypatch.setattr(selection, "WINDOW", 8)
+    monkeypatch.setattr(quality, "WINDOW", 8)
     tokens = torch.tensor([ours.tokenizer.encode(TEXTS[1])[-8:]])
     with torch.no_grad():
         expected = float(theirs(tokens, labels=tokens).loss.exp())

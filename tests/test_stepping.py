@@ -11,10 +11,11 @@ from tinysteer_kernels import PADDING, attention, edits, fusing, gating, residua
 from tinysteer_kernels.devices import HAS_TRITON
 
 import tinysteer as ts
-from tinysteer import stepping
-from tinysteer.model import Cache, Decoder
-from tinysteer.steering import seam
-from tinysteer.stepping import Step, Steps, rounded_rows
+from tinysteer.decoding import generation, stepping
+from tinysteer.decoding.stepping import Step, Steps, rounded_rows
+from tinysteer.model.decoder import Cache, Decoder
+from tinysteer.steering import batch
+from tinysteer.steering.batch import seam
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
 PROMPTS = ["short", "a somewhat longer prompt", "x", "and one more of them", "last"]
@@ -159,7 +160,7 @@ def test_with_a_lag_a_step_is_under_way_before_the_token_it_reads_is_read():
             return lambda: setattr(self, "events", (*self.events, f"read {n}"))
 
     told = Told()
-    assert len(list(ts.generation.tokens_of(told, 3, lambda n: n))) == 3
+    assert len(list(generation.tokens_of(told, 3, lambda n: n))) == 3
     first, second = ("edits 1", "step"), ("edits 2", "step")
     assert told.events == (*first, "read 0", *second, "read 1", "read 2")
 
@@ -199,9 +200,9 @@ def test_a_slider_of_numbers_alone_sends_those(taped, monkeypatch):
     limits = {"max_new_tokens": 10}
     text = complete(taped, slider, graph=False, **limits)
     assert text != complete(taped, slider(0), graph=False, **limits)
-    compiled, compile_ = [], ts.steering.kernels.compile_edits
+    compiled, compile_ = [], batch.kernels.compile_edits
     told = lambda *arguments: compiled.append(1) or compile_(*arguments)  # noqa: E731
-    monkeypatch.setattr(ts.steering.kernels, "compile_edits", told)
+    monkeypatch.setattr(batch.kernels, "compile_edits", told)
     assert complete(taped, slider, **limits) == text
     assert len(compiled) == 3 + 1  # each steered layer once, and an empty table
 
@@ -303,7 +304,7 @@ def test_it_does_not_matter_how_often_a_direction_is_written(taped):
     steps = taped.steps
     assert list(steps.free[0].steering) == [(4, 64)]
     rows = [[v.at(L).add(1.0) for L in layers] for _ in range(50)]
-    assert len(ts.steering.Steering(rows).bank) == 4
+    assert len(batch.Steering(rows).bank) == 4
 
 
 def test_vectors_changed_in_place_are_read_anew(taped):

@@ -5,7 +5,7 @@ import random
 import pytest
 from checkpoints import make_tokenizer
 
-from tinysteer.streaming import HALF, TextStream, overlap
+from tinysteer.text.streaming import HALF, TextStream, overlap
 
 TOKENIZER = make_tokenizer()
 TEXTS = {

@@ -9,8 +9,8 @@ import torch
 from oracle import hooked
 
 import tinysteer as ts
-from tinysteer.hub import ASSETS, EMBEDDED
-from tinysteer.lab import FORMATS, follow, hold, mean_words
+from tinysteer.demo.measures import FORMATS, follow, hold, mean_words
+from tinysteer.loading.hub import ASSETS, EMBEDDED
 
 OPTIONS = {"max_new_tokens": 112, "batch_size": 128}
 LAYER = 3

@@ -12,8 +12,8 @@ import torch
 import train
 
 import tinysteer as ts
-from tinysteer.hub import ASSETS
-from tinysteer.lab import FORMATS
+from tinysteer.demo.measures import FORMATS
+from tinysteer.loading.hub import ASSETS
 
 
 def draw(asked: dict, n: int = 200):

@@ -13,9 +13,9 @@ from checkpoints import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import tinysteer as ts
-from tinysteer.sandbox import CHARACTERS
-from tinysteer.template import Renderer, render
-from tinysteer.tokenizer import pad
+from tinysteer.text.chat import Renderer, render
+from tinysteer.text.chat_sandbox import CHARACTERS
+from tinysteer.text.tokenizer import pad
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 CONVERSATIONS = {
@@ -331,7 +331,7 @@ def test_a_template_cannot_give_a_text_without_bounds(how):
 @pytest.mark.parametrize("what", ENDLESS)
 def test_a_template_without_end_is_stopped(what, monkeypatch):
     still_renders()  # the child is up: its start does not count
-    monkeypatch.setattr("tinysteer.template.SECONDS", 0.5)
+    monkeypatch.setattr("tinysteer.text.chat.SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"did not finish within 0.5 s; pass chat=False and write"):
         chatting(ENDLESS[what]).format("Hi")

@@ -8,7 +8,7 @@ import torch
 from oracle import vector_for
 
 import tinysteer as ts
-from tinysteer.vectors import TENSORS
+from tinysteer.steering.vectors import TENSORS
 
 
 @pytest.fixture

@@ -12,17 +12,16 @@ with warnings.catch_warnings():  # torch warns where numpy is missing; nothing h
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch  # noqa: F401
 
-from tinysteer.checkpoint import load
-from tinysteer.config import Config, Layer
-from tinysteer.edits import Direction, Edit
-from tinysteer.explanation import Explanation
+from tinysteer.decoding.explanation import Explanation
+from tinysteer.decoding.generation import Options
 from tinysteer.extraction import MeanResiduals, extract, mean_residuals
-from tinysteer.generation import Options
-from tinysteer.language_model import LanguageModel
-from tinysteer.plan import load_plan
-from tinysteer.rope import Rope
-from tinysteer.tokenizer import Tokenizer
-from tinysteer.vectors import SteeringVector
+from tinysteer.language_model import LanguageModel, load
+from tinysteer.model.config import Config, Layer
+from tinysteer.model.rope import Rope
+from tinysteer.steering.edits import Direction, Edit
+from tinysteer.steering.plans import load_plan
+from tinysteer.steering.vectors import SteeringVector
+from tinysteer.text.tokenizer import Tokenizer
 from tinysteer.version import VERSION
 
 __version__ = VERSION

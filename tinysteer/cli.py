@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 
-from tinysteer.checkpoint import load, load_config
-from tinysteer.demo import run_demo
-from tinysteer.edits import WINDOWS, Edit
+from tinysteer.decoding.generation import Options
+from tinysteer.demo.show import run_demo
 from tinysteer.experiments import command
 from tinysteer.extraction import METHODS, extract
-from tinysteer.generation import Options
-from tinysteer.hub import EMBEDDED, fetch
 from tinysteer.inspection import inspect_file, inspect_model
-from tinysteer.language_model import LanguageModel
-from tinysteer.plan import VERBS, load_plan, make_edits
-from tinysteer.steering import check_fit
+from tinysteer.language_model import LanguageModel, load
+from tinysteer.loading.checkpoint import load_config
+from tinysteer.loading.hub import EMBEDDED, fetch
+from tinysteer.steering.batch import check_fit
+from tinysteer.steering.edits import WINDOWS, Edit, parse_window
+from tinysteer.steering.plans import VERBS, load_plan, make_edits
+from tinysteer.text.files import read_jsonl
 from tinysteer.version import VERSION
 
 # What a line of a pairs file may call its two prompts; the second is how the paper's data do.
@@ -160,10 +161,6 @@ def parse_steer(spec: str) -> tuple[str, dict[str, Any] | None]:
     file, layer, verb, number, where = match.group("file", "layer", "verb", "number", "where")
     if verb not in VERBS:
         raise argparse.ArgumentTypeError(f"{verb!r} is none of {', '.join(VERBS)}")
-    if where and "," not in where and where not in WINDOWS:
-        raise argparse.ArgumentTypeError(
-            f"{where!r} is none of {', '.join(WINDOWS)}, and no FIRST,STOP"
-        )
     edit: dict[str, Any] = {"vector": file, "layer": int(layer), "verb": verb}
     if number is not None:
         if not VERBS[verb]:
@@ -172,10 +169,11 @@ def parse_steer(spec: str) -> tuple[str, dict[str, Any] | None]:
             edit[VERBS[verb][0]] = float(number)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{number!r} is no number") from None
-    if where and "," in where:
-        edit["where"] = [int(end) if end else None for end in where.split(",")]
-    elif where:
-        edit["where"] = where
+    if where:
+        try:
+            edit["where"] = parse_window(where)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return spec, {"edits": [edit]}
 
 
@@ -205,23 +203,11 @@ def load_model(options: argparse.Namespace) -> LanguageModel:
 
 def read_pairs(path: Path) -> tuple[list[str], list[str]]:
     """A JSONL file -> prompts with the instruction, and without. ValueError names the line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
     pairs = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
-        keys = next((k for k in PAIR_KEYS if isinstance(row, dict) and row.keys() >= {*k}), None)
+    for place, row in read_jsonl(path):
+        keys = next((keys for keys in PAIR_KEYS if row.keys() >= {*keys}), None)
         if keys is None or not all(isinstance(row[key], str) for key in keys):
-            raise ValueError(f'{path}, line {number}: not {{"with": PROMPT, "without": PROMPT}}')
+            raise ValueError(f'{place}: not {{"with": PROMPT, "without": PROMPT}}')
         pairs.append([row[key] for key in keys])
     if not pairs:
         raise ValueError(f"{path} holds no pairs")

@@ -1,22 +1,54 @@
-"""A decoder with its tokenizer: what `load` returns."""
+"""The front door: `load`, and the language model that it returns, a decoder with its tokenizer."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinysteer import generation
-from tinysteer.config import Config
-from tinysteer.edits import Edit
-from tinysteer.explanation import Explanation, explain
-from tinysteer.model import CHUNK, Cache, Decoder, Recorder
-from tinysteer.sampling import Sampler
-from tinysteer.steering import Changing, Steer, changes, check_fit, per_row, seam
-from tinysteer.stepping import Steps
-from tinysteer.streaming import TextStream
-from tinysteer.tokenizer import Prompt, Tokenizer
+from tinysteer.decoding import generation
+from tinysteer.decoding.explanation import Explanation, explain
+from tinysteer.decoding.sampling import Sampler
+from tinysteer.decoding.stepping import Steps
+from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device, parse_dtype
+from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
+from tinysteer.model.config import Config
+from tinysteer.model.decoder import CHUNK, Cache, Decoder, Recorder
+from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
+from tinysteer.steering.edits import Edit
+from tinysteer.text.streaming import TextStream
+from tinysteer.text.tokenizer import Prompt, Tokenizer
+
+
+def load(
+    source: str | Path = EMBEDDED[0],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> "LanguageModel":
+    """Load a model from a folder in Hugging Face layout, or from the Hub by its id ("owner/name").
+
+    "tiny-instruct" and "tiny-base" come with the package: 1.3 million parameters, for trying out.
+    dtype: of the weights in memory, "float32" or torch.float32 and so on; default the
+    checkpoint's own. device: default the GPU where there is one. revision: a branch, tag or
+    commit of the Hub. Errors are sentences that name the cure: ValueError for what the files
+    hold, FileNotFoundError, PermissionError and ConnectionError for getting them.
+    """
+    dtype = parse_dtype(dtype)
+    device = parse_device(device)
+    folder = fetch(source, revision)
+    config = load_config(folder)
+    tokenizer = Tokenizer.load(folder)
+    decoder = load_decoder(folder, config, dtype, device)
+    if is_embedded(source):
+        revision = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        return LanguageModel(decoder, tokenizer, str(source), revision)
+    if Path(source).expanduser().is_dir():
+        return LanguageModel(decoder, tokenizer, folder.resolve().name)
+    return LanguageModel(decoder, tokenizer, str(source), folder.name)  # named by its commit
 
 
 class LanguageModel:
@@ -88,10 +120,8 @@ class LanguageModel:
         """
         if isinstance(prompts, str):
             return (piece for _, piece in self.stream([prompts], steer, **options))
-        if not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
         options = generation.Options(**options)
-        ids = [self.tokenizer.ids(prompt, options.chat) for prompt in prompts]
+        ids = self._ids(prompts, options.chat)
         rows = [self._edits(steer(0) if changes(steer) else steer, len(ids))]
         limits = options.per_prompt("max_new_tokens", len(ids))
         seeds = options.per_prompt("seed", len(ids))
@@ -157,15 +187,11 @@ class LanguageModel:
         made with the edits, are shown too, up to a stop id. Errors as for `complete`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Sequence) or not isinstance(max_new_tokens, int):
-            raise ValueError("prompts must be a string or a list, max_new_tokens a whole number")
-        if not prompts:
-            return []
-        ids = [self.tokenizer.ids(prompt, chat) for prompt in prompts]
+        ids = self._ids(prompts, chat)
         edits = self._edits(steer, len(ids))
         limits = generation.Options(max_new_tokens).per_prompt("max_new_tokens", len(ids))
         generation.check_lengths(ids, limits, self.config.context_length)
-        return explain(self.decoder, self.tokenizer, ids, edits, max(limits))
+        return explain(self.decoder, self.tokenizer, ids, edits, limits[0]) if ids else []
 
     @torch.no_grad()
     def logits(
@@ -181,21 +207,9 @@ class LanguageModel:
         start (B,): where rows padded on the left begin; default 0. prompt_length: how many of
         the columns are the prompt, for edits that tell it from what follows; default all.
         """
-        states = self.states(tokens, steer, start=start, prompt_length=prompt_length)
-        return self.decoder.logits(states)
-
-    @torch.no_grad()
-    def states(
-        self,
-        tokens: Tensor,
-        steer: Steer = None,
-        *,
-        start: Tensor | None = None,
-        prompt_length: int | None = None,
-    ) -> Tensor:
-        """What the head reads: (B, T, D) after the last norm. Arguments as for `logits`."""
         chunks, cache, steer = self._run(tokens, steer, start, prompt_length)
-        return torch.cat([self.decoder(chunk, cache, steer) for chunk in chunks], dim=1)
+        normed = torch.cat([self.decoder(chunk, cache, steer) for chunk in chunks], dim=1)
+        return self.decoder.logits(normed)
 
     @torch.no_grad()
     def residuals(
@@ -239,6 +253,11 @@ class LanguageModel:
         cache = Cache(self.decoder, start, prompt_length, T)
         steer = seam(self._edits(steer, B), self.device, self.dtype)
         return tokens.long().to(self.device).split(CHUNK, dim=1), cache, steer
+
+    def _ids(self, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
+        return [self.tokenizer.ids(prompt, chat) for prompt in prompts]
 
     def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:
         rows = per_row(steer, n_rows)

@@ -30,9 +30,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tinysteer.config import Layer
-from tinysteer.families import read_config
-from tinysteer.model import Cache, Decoder, View
+from tinysteer.loading.families import read_config
+from tinysteer.model.config import Layer
+from tinysteer.model.decoder import Cache, Decoder, View
 
 ASSETS = Path(__file__).parents[2] / "tinysteer" / "assets"
 START, END = "<|start|>", "<|end|>"

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tinysteer.experiments import format, geometry, length, multi, transfer, words
+from tinysteer.evaluation.quality import JUDGES, Judge
+from tinysteer.experiments import formats, geometry, length, multi, transfer, words
 from tinysteer.experiments.pictures import draw
 from tinysteer.experiments.report import Findings, quality
 from tinysteer.experiments.study import Settings, Study
 from tinysteer.language_model import LanguageModel
-from tinysteer.quality import JUDGES, Judge
 
 EXPERIMENTS: dict[str, Callable[[Study], Findings]] = {
-    "format": format.run,
+    "format": formats.run,
     "length": length.run,
     "words": words.run,
     "multi": multi.run,

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from tinysteer.evaluation.quality import perplexity
+from tinysteer.evaluation.selection import LOW_PERPLEXITY, choose_layer
 from tinysteer.experiments.study import Ask, Study
-from tinysteer.selection import LOW_PERPLEXITY, choose_layer, perplexity
 
 
 class Trial(NamedTuple):

@@ -3,11 +3,10 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from tinysteer.checkpoint import load
-from tinysteer.edits import WINDOWS, Where, window
 from tinysteer.experiments import EXPERIMENTS, Settings, reproduce
+from tinysteer.language_model import load
+from tinysteer.steering.edits import WINDOWS, parse_window
 
 
 def add_parser(commands) -> None:
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         layers=read_layers(options.layers) if options.layers else {},
         layer=options.layer,
         weights=tuple(options.weights) if options.weights else None,
-        where=read_where(options.where),
+        where=parse_window(options.where),
         validation=options.validation,
         step=options.step,
         max_new_tokens=options.max_new_tokens,
@@ -57,18 +56,6 @@ def run(options: argparse.Namespace) -> None:
     models = {k: load(name, options.dtype, options.device) for k, name in names.items() if name}
     out = options.out or f"{options.experiment}-{Path(options.model).name}"
     print(reproduce(options.experiment, out=out, settings=settings, **models), end="")
-
-
-def read_where(text: str) -> Where:
-    """A name, or FIRST,STOP. ValueError for neither."""
-    where: Any = text
-    if text not in WINDOWS:
-        try:
-            where = tuple(int(part) if part else None for part in text.split(","))
-        except ValueError:
-            raise ValueError(f"--where {text}: use {', '.join(WINDOWS)} or FIRST,STOP") from None
-    window(where)
-    return where
 
 
 def read_layers(path: str) -> dict[str, dict[str, int | None]]:

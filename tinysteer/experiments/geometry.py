@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinysteer.experiments.instructions import all_instructed
+from tinysteer.experiments.intervals import mean
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.statistics import mean
 from tinysteer.experiments.study import Study
 from tinysteer.experiments.texts import Item, format_items, of_instruction, read_items
 from tinysteer.extraction import all_residuals

@@ -1,15 +1,14 @@
 """Instructions that have a vector: pairs of requests, their vectors, and a layer for each."""
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from tqdm import tqdm
 
-from tinysteer import ifeval
-from tinysteer.edits import Edit, Where
+from tinysteer.evaluation import ifeval
+from tinysteer.evaluation.selection import sweep_layers
 from tinysteer.experiments.choosing import Trial, choose
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.study import Ask, Study
@@ -23,8 +22,8 @@ from tinysteer.experiments.texts import (
 )
 from tinysteer.extraction import MeanResiduals, extract, mean_residuals
 from tinysteer.language_model import LanguageModel
-from tinysteer.selection import sweep_layers
-from tinysteer.vectors import SteeringVector
+from tinysteer.steering.edits import Edit, Where
+from tinysteer.steering.vectors import SteeringVector
 
 SETTINGS = {"w/o": "request", "w/": "prompt"}  # which text of an item is the prompt
 
@@ -73,7 +72,7 @@ def instructed(
         return extract(model, asked, plain(requests), name=name, batch_size=size)
 
     def make_control() -> SteeringVector:
-        return vector.random_like(zlib.crc32(name.encode()), plain(requests).mean)
+        return vector.random_like(name, plain(requests).mean)
 
     vector = study.vector(f"{name} of {model.name}", make)
     return Instructed(vector, study.vector(f"{name} of {model.name}, random", make_control))

@@ -1,15 +1,13 @@
 """Length: words by the weight of conciseness or verbosity, and numbers of sentences (paper, 4)."""
 
 import functools
-import zlib
 from collections.abc import Sequence
 from statistics import median
 
-from tinysteer import ifeval
-from tinysteer.edits import Edit
+from tinysteer.evaluation.checks import sentences
+from tinysteer.experiments.intervals import mean, share
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.statistics import mean, share
 from tinysteer.experiments.study import Ask, Study
 from tinysteer.experiments.texts import (
     built_in,
@@ -19,7 +17,8 @@ from tinysteer.experiments.texts import (
     sentences_wordings,
 )
 from tinysteer.extraction import extract, mean_residuals
-from tinysteer.vectors import SteeringVector
+from tinysteer.steering.edits import Edit
+from tinysteer.steering.vectors import SteeringVector
 
 CLASSES = {"concise": "extra short", "verbose": "extra verbose"}
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the vector's norm: the sweep where the paper has none
@@ -96,7 +95,7 @@ def sweep(study: Study, lengths: Lengths, prompts: Sequence[str]) -> tuple[Table
     """Words of answers by weight."""
     arms = []
     for name, vector in lengths.vectors.items():
-        control = vector.random_like(zlib.crc32(name.encode()))
+        control = vector.random_like(name)
         for weight in lengths.sweep(vector):
             arms.append((name, weight, vector))
             if weight:
@@ -171,8 +170,8 @@ def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[
 
 
 def has_sentences(text: str, relation: str, n: int) -> bool:
-    return bool(text.strip()) and RELATIONS[relation](len(ifeval.sentences(text)), n)
+    return bool(text.strip()) and RELATIONS[relation](len(sentences(text)), n)
 
 
 def control(vector: SteeringVector, relation: str, n: int) -> SteeringVector:
-    return vector.random_like(zlib.crc32(f"{relation} {n}".encode()))
+    return vector.random_like(f"{relation} {n}")

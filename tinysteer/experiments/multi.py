@@ -7,13 +7,14 @@ layer; here it is read where it is added, as the paper says.
 import random
 from collections.abc import Callable, Sequence
 
-from tinysteer import ifeval
-from tinysteer.edits import Edit
-from tinysteer.experiments import format, instructions, length, words
+from tinysteer.evaluation import ifeval
+from tinysteer.evaluation.checks import sentences
+from tinysteer.experiments import formats, instructions, length, words
+from tinysteer.experiments.intervals import share
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.statistics import share
 from tinysteer.experiments.study import Ask, Study
 from tinysteer.experiments.texts import Item, built_in, of_instruction, sentences_wordings
+from tinysteer.steering.edits import Edit
 
 LOWERCASE = "change_case:english_lowercase"
 TOKENS = 2048
@@ -22,7 +23,7 @@ Checks = dict[str, Callable[[int, str], bool]]  # name -> whether row i's answer
 
 def run(study: Study) -> Findings:
     """`prompts` are those of the formats; words to avoid are the built-in ones."""
-    items = format.test_items(study)
+    items = formats.test_items(study)
     if LOWERCASE not in instructions.pairs_of(study)[0]:
         raise ValueError(f"{study.settings.pairs} has no pairs of {LOWERCASE}")
     vectors = instructions.all_instructed(study, study.model)
@@ -39,9 +40,9 @@ def run(study: Study) -> Findings:
     notes = [
         "w/o, w/: the prompt is without or with both instructions.",
         f"Conciseness: weight {concise:.3g} at layer {lengths.layer}. Words: {words.told(choice)}",
-        *format.remarks(study, items, vectors),
+        *formats.remarks(study, items, vectors),
     ]
-    validation = [format.flat(row) for row in validated]
+    validation = [formats.flat(row) for row in validated]
     return Findings(tables, notes, {"layers": layers, "validation": validation, "weights": grid})
 
 
@@ -74,7 +75,7 @@ def format_and_length(
         edits,
         {
             "format": lambda i, text: instructions.follows(items[i], text),
-            "length": lambda i, text: len(ifeval.sentences(text)) <= limits[i],
+            "length": lambda i, text: len(sentences(text)) <= limits[i],
         },
     )
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinysteer.experiments.intervals import Estimate
 from tinysteer.experiments.report import Findings
-from tinysteer.experiments.statistics import Estimate
 
 NOTHING = Estimate(0.0, 0.0, 0.0, 0, "Wilson")  # where a row has no such bar
 

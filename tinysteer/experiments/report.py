@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from tinysteer.experiments.statistics import Estimate, mean
+from tinysteer.evaluation.quality import Judge, judged, perplexity
+from tinysteer.experiments.intervals import Estimate, mean
 from tinysteer.experiments.study import Study
-from tinysteer.quality import Judge, judged
-from tinysteer.selection import perplexity
 
 Cell = Estimate | float | int | str | None
 

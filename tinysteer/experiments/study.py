@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinysteer.edits import Edit, Where
 from tinysteer.language_model import LanguageModel
-from tinysteer.vectors import SteeringVector
+from tinysteer.steering.edits import Edit, Where
+from tinysteer.steering.vectors import SteeringVector
 from tinysteer.version import VERSION
 
 

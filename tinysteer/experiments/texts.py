@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tinysteer.hub import ASSETS
-from tinysteer.ifeval import prepare
+from tinysteer.evaluation.ifeval import prepare
+from tinysteer.loading.hub import ASSETS
+from tinysteer.text.files import read_jsonl
 
 LANGUAGE = "language:response_language"
 PARTS = {"pairs": (0, 50), "validation": (50, 70), "test": (70, 120)}  # of the requests
@@ -81,46 +82,36 @@ def format_items(part: str) -> list[Item]:
 
 def read_items(path: str | Path) -> list[Item]:
     """A JSONL file's rows of one instruction. ValueError, with the line, for what is none."""
-    return [item for _, item in numbered_items(path)]
+    return [item for _, item in placed_items(path)]
 
 
-def numbered_items(path: str | Path) -> Iterator[tuple[int, Item]]:
-    with open(path, encoding="utf-8") as lines:
-        for n, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                ids = row.get("instruction_id_list") or [row["single_instruction_id"]]
-                kwargs = row.get("kwargs") or [{}]
-                kwargs = {k: v for k, v in kwargs[0].items() if v is not None}
-                item = Item(
-                    row["prompt_without_instruction"],
-                    row["prompt"],
-                    name_of(ids[0], kwargs),
-                    kwargs,
-                )
-            except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-                raise ValueError(
-                    f"{path}, line {n}: needs prompt, prompt_without_instruction, "
-                    f"instruction_id_list and kwargs ({type(error).__name__}: {error})"
-                ) from None
-            if len(ids) == 1:  # more instructions at once are no pair for one vector
-                yield n, item
+def placed_items(path: str | Path) -> Iterator[tuple[str, Item]]:
+    """The same, each behind its file and line."""
+    for place, row in read_jsonl(path):
+        try:
+            ids = row.get("instruction_id_list") or [row["single_instruction_id"]]
+            kwargs = row.get("kwargs") or [{}]
+            kwargs = {k: v for k, v in kwargs[0].items() if v is not None}
+            asked, plain = row["prompt"], row["prompt_without_instruction"]
+            item = Item(plain, asked, name_of(ids[0], kwargs), kwargs)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{place}: needs prompt, prompt_without_instruction, instruction_id_list "
+                f"and kwargs ({type(error).__name__}: {error})"
+            ) from None
+        if len(ids) == 1:  # more instructions at once are no pair for one vector
+            yield place, item
 
 
 def read_requests(path: str | Path) -> list[str]:
     """Plain requests of a JSONL file: its `base`, or `prompt_without_instruction`."""
-    found = []
-    with open(path, encoding="utf-8") as lines:
-        for n, line in enumerate(lines, 1):
-            row = json.loads(line) if line.strip() else None
-            if row is not None:
-                text = row.get("base") or row.get("prompt_without_instruction")
-                if not text:
-                    raise ValueError(f"{path}, line {n}: no base, no prompt_without_instruction")
-                found.append(text)
-    return list(dict.fromkeys(found))
+    texts = []
+    for place, row in read_jsonl(path):
+        text = row.get("base") or row.get("prompt_without_instruction")
+        if not text:
+            raise ValueError(f"{place}: no base, no prompt_without_instruction")
+        texts.append(text)
+    return list(dict.fromkeys(texts))
 
 
 def checkable(items: Sequence[Item]) -> list[Item]:

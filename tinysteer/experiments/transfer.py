@@ -1,6 +1,6 @@
 """Transfer: a model steered by vectors of its instruction-tuned sibling (paper, section 7)."""
 
-from tinysteer.experiments.format import NOTE, accuracies, flat, test_items
+from tinysteer.experiments.formats import NOTE, accuracies, flat, test_items
 from tinysteer.experiments.instructions import all_instructed, choose_layers
 from tinysteer.experiments.report import Findings
 from tinysteer.experiments.study import Study

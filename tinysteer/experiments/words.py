@@ -8,16 +8,16 @@ import functools
 from collections.abc import Sequence
 from functools import partial
 
-from tinysteer import ifeval
-from tinysteer.edits import Edit
+from tinysteer.evaluation import ifeval
 from tinysteer.experiments.choosing import Trial, choose
+from tinysteer.experiments.intervals import share
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.statistics import share
 from tinysteer.experiments.study import Ask, Study
 from tinysteer.experiments.texts import Item, built_in, in_turn, read_items, requests, with_words
 from tinysteer.extraction import extract, mean_residuals
-from tinysteer.vectors import SteeringVector
+from tinysteer.steering.edits import Edit
+from tinysteer.steering.vectors import SteeringVector
 
 INCLUDE, EXCLUDE = "keywords:existence", "keywords:forbidden_words"
 KINDS = {"include": INCLUDE, "exclude": EXCLUDE}

@@ -1,0 +1,227 @@
+"""Compile the kernels as their launchers would for a GPU that need not be here, and read the code.
+
+    TRITON_INTERPRET=0 python tests/helpers/compiled.py 90
+
+prints a JSON object, variant -> what `machine_code` counts, for compute capability 9.0.
+"""
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from tinysteer_kernels import Edit, Edits, View, attention, compile_edits, gating, residual
+from tinysteer_kernels import edits as editing
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+BF16, FP32 = torch.bfloat16, torch.float32
+ONE, MANY = 1, 64  # positions: decoding, and a prefill
+
+# op, positions, width, edits, type of x, of the bank, Gemma's post-norm
+VARIANTS = {
+    "steer, decode": ("steer", ONE, 4096, 4, BF16, BF16, False),
+    "steer, decode, one edit": ("steer", ONE, 2048, 1, BF16, BF16, False),
+    "steer, decode, float32": ("steer", ONE, 4096, 4, FP32, FP32, False),
+    "steer, decode, precise bank": ("steer", ONE, 4096, 4, BF16, FP32, False),
+    "steer, prefill": ("steer", MANY, 4096, 16, BF16, BF16, False),
+    "steer, prefill, widest": ("steer", MANY, 16384, 4, BF16, BF16, False),
+    "fused, decode": ("fused", ONE, 4096, 4, BF16, BF16, False),
+    "fused, decode, small": ("fused", ONE, 576, 16, BF16, BF16, False),
+    "fused, decode, 8192": ("fused", ONE, 8192, 4, BF16, BF16, False),
+    "fused, decode, widest": ("fused", ONE, 16384, 4, BF16, BF16, True),
+    "fused, decode, post-norm": ("fused", ONE, 3584, 4, BF16, BF16, True),
+    "fused, decode, float16": ("fused", ONE, 2304, 4, torch.float16, torch.float16, True),
+    "fused, decode, float32": ("fused", ONE, 8192, 4, FP32, FP32, False),
+    "fused, decode, widest float32": ("fused", ONE, 16384, 4, FP32, FP32, False),
+    "fused, decode, precise bank": ("fused", ONE, 4096, 4, BF16, FP32, True),
+    "fused, prefill, widest float32": ("fused", MANY, 16384, 4, FP32, FP32, False),
+    "fused, decode, no edits": ("fused", ONE, 4096, 0, BF16, BF16, False),
+    "fused, prefill": ("fused", MANY, 4096, 4, BF16, BF16, False),
+    "fused, prefill, post-norm": ("fused", MANY, 2048, 4, BF16, BF16, True),
+}
+# rows, query heads, key heads, columns, head_dim, type, norms of the heads, cap of the scores
+ATTENTION = {
+    "attend, Llama 3.1": (1, 32, 8, 4096, 128, BF16, False, None),
+    "attend, Gemma 2": (64, 8, 4, 4096, 256, BF16, False, 50.0),
+    "attend, Gemma 3": (1, 4, 1, 4096, 256, BF16, True, None),
+    "attend, Phi-3 mini": (64, 32, 32, 4096, 96, torch.float16, False, None),
+    "attend, float32": (1, 9, 3, 1024, 64, FP32, False, None),
+}
+COMBINING = {  # as many shares as there may be, and heads as wide as there are
+    "combine, Llama 3.1": ATTENTION["attend, Llama 3.1"],
+    "combine, one key head": (1, 8, 1, 8192, 256, BF16, False, None),
+}
+GATING = {  # activation, type
+    "gated, silu": ("silu", BF16),
+    "gated, gelu_tanh": ("gelu_tanh", FP32),
+}
+
+
+class Recorder:
+    """Stands in a kernel's place and keeps what a launcher hands it."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*, num_warps, **arguments):
+            self.arguments = {name: arguments[name] for name in self.kernel.arg_names}
+            self.n_warps = num_warps
+
+        return launch
+
+
+def describe(value):
+    """An argument's type as Triton writes it; None, and a size of 1, are constants to it."""
+    if isinstance(value, Edits):
+        return Edits(*map(describe, value))
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "constexpr" if value is None or value == 1 else "i32"
+
+
+def compile_as_launched(recorder: Recorder, capability: int):
+    """The recorded launch -> Triton's compiled kernel, and its arguments' names, * before pointers.
+
+    As in a launch, tensors are aligned and sizes that 16 divides are known to be.
+    """
+    signature, constants, aligned, names = {}, {}, [], []
+    constexprs = {p.name for p in recorder.kernel.params if p.is_constexpr}
+    for i, (name, value) in enumerate(recorder.arguments.items()):
+        signature[name] = "constexpr" if name in constexprs else describe(value)
+        if signature[name] == "constexpr":
+            constants[(i,)] = value
+        elif isinstance(value, Edits):
+            aligned += [(i, j) for j in range(len(value))]
+            names += [f"*edits.{field}" for field in value._fields]
+        else:
+            names.append(f"*{name[:-4]}" if isinstance(value, torch.Tensor) else name)  # no _ptr
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                aligned.append((i,))
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(recorder.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options={"num_warps": recorder.n_warps})
+    return kernel, names
+
+
+def record(op, T, D, K, dtype, bank_dtype, post_norm) -> Recorder:
+    """Launch an op on empty tensors with the kernel replaced."""
+    x = torch.empty(2, T, D, dtype=dtype)
+    bank = torch.eye(1, D, dtype=bank_dtype)
+    edits = compile_edits(bank, [[Edit(0, bias=1.0)] * K] * 2)
+    position = torch.zeros(2, T, dtype=torch.int32)
+    if op == "steer":
+        editing.steer_kernel = recorder = Recorder(STEER)
+        editing.launch(x, bank, edits, position)
+    else:
+        residual.add_steer_norm_kernel = recorder = Recorder(FUSED)
+        weight, post = x[0, 0].clone(), x[0, 0].clone() if post_norm else None
+        steering = (bank, edits, position) if K else (None, None, None)
+        residual.launch(x, x.clone(), weight, 1e-6, float(post_norm), post, *steering)
+    return recorder
+
+
+def record_attention(B, H, G, S, D, dtype, qk_norm, cap) -> tuple[Recorder, Recorder]:
+    """Likewise: the launches of both kernels."""
+    attention.attend_kernel, attention.combine_kernel = Recorder(ATTEND), Recorder(COMBINE)
+    with torch.device("meta"):
+        qkv = torch.empty(B, 1, (H + 2 * G) * D, dtype=dtype)
+        cos = torch.empty(B, 1, 1, D, dtype=dtype)
+        k = torch.empty(B, G, S, D, dtype=dtype)
+        column = torch.empty(1, dtype=torch.int64)
+    view = View(cos, cos, column, column, S)
+    weight = cos[0, 0, 0] if qk_norm else None
+    traits = attention.Traits(0.1, cap, weight, weight, 1e-6, float(qk_norm))
+    attention.launch(qkv, k, k, view, traits)
+    return attention.attend_kernel, attention.combine_kernel
+
+
+def record_gating(activation, dtype) -> Recorder:
+    gating.gated_kernel = recorder = Recorder(GATED)
+    gating.launch(torch.empty(2, 1, 2 * 14336, dtype=dtype), activation)
+    return recorder
+
+
+STEER, FUSED = editing.steer_kernel, residual.add_steer_norm_kernel
+ATTEND, COMBINE = attention.attend_kernel, attention.combine_kernel
+GATED = gating.gated_kernel
+
+
+def machine_code(kernel) -> dict:
+    """Registers, bytes of stack, spills and barriers of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], **run).stdout
+        code = subprocess.run([BIN / "nvdisasm", "-c", file.name], **run).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "barriers": len(re.findall(r"\bBAR\.", code)),
+    }
+
+
+def load_widths(ptx: str, pointers: list[str]) -> dict[str, dict[int, int]]:
+    """pointer -> {bits: number of loads}, by following each address back to the kernel's arguments.
+
+    pointers: the arguments' names in order, those that are constants left out.
+    """
+    made_of = collections.defaultdict(set)  # register -> what it is computed from
+    loads = []  # register of the address, bits
+    for line in ptx.splitlines():
+        load = re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s.*\[\s*(%\w+)", line)
+        rule = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(%\w+),\s*(.*);", line)
+        if load:
+            loads.append((load[3], int(load[1] or 1) * int(load[2])))
+        elif rule and rule[1].startswith("ld.param"):
+            made_of[rule[2]].add(pointers[int(re.search(r"param_(\d+)", rule[3])[1])])
+        elif rule:
+            made_of[rule[2]].update(re.findall(r"%\w+", rule[3]))
+    widths = collections.defaultdict(collections.Counter)
+    for register, bits in loads:
+        todo, seen = [register], set()
+        while todo:
+            if (name := todo.pop()) not in seen:
+                seen.add(name)
+                todo += made_of[name]
+        (base,) = {name for name in seen if name.startswith("*")}
+        widths[base[1:]][bits] += 1
+    return widths
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    report = {}
+    launches = {name: record(*variant) for name, variant in VARIANTS.items()}
+    launches |= {name: record_attention(*variant)[0] for name, variant in ATTENTION.items()}
+    launches |= {name: record_attention(*variant)[1] for name, variant in COMBINING.items()}
+    launches |= {name: record_gating(*variant) for name, variant in GATING.items()}
+    for name, recorder in launches.items():
+        kernel, pointers = compile_as_launched(recorder, capability)
+        ptx = kernel.asm["ptx"]
+        report[name] = machine_code(kernel) | {"loads": load_widths(ptx, pointers)}
+        report[name]["copies"] = sorted({*re.findall(r"cp\.async\.c\w.*\], (\w+)", ptx)})
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

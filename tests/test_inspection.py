@@ -1,0 +1,72 @@
+"""The memory that is foretold, against what PyTorch allocates."""
+
+import dataclasses
+
+import pytest
+import torch
+from dispatch import Tape
+from torch.profiler import ProfilerActivity, profile
+
+import tinysteer as ts
+from tinysteer.decoding.sampling import Sampler
+from tinysteer.decoding.stepping import Step
+from tinysteer.inspection import footprint
+from tinysteer.model.decoder import Decoder
+
+ROWS, COLUMNS, PROMPT = 6, 128, 120
+
+
+def peak_of(run) -> int:
+    """Bytes that live at once, at most, of what `run` allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = seen.profiler.kineto_results.events()
+    events = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return int(torch.tensor([n for _, n in events]).cumsum(0).max())
+
+
+def widened(folder) -> Decoder:
+    """A model large enough for its tensors to count, random, bfloat16."""
+    config = ts.load(folder).config
+    sizes = {"dim": 256, "hidden_dim": 1024, "vocab_size": 8000, "context_length": COLUMNS}
+    decoder = Decoder(dataclasses.replace(config, **sizes)).bfloat16().requires_grad_(False)
+    for parameter in decoder.parameters():
+        parameter.normal_(std=0.05)
+    return decoder
+
+
+CASES = {
+    "llama: grouped heads": ("greedy", {}),
+    "gemma2": ("greedy", {}),
+    "gemma3_text": ("greedy", {}),
+    "llama: tied head": ("whole", {}),
+    "llama: all heads": ("cut", {"top_p": 0.9}),
+}
+
+
+@pytest.mark.parametrize("variant", CASES)
+@torch.inference_mode()
+def test_memory_is_as_foretold(variant, checkpoint):
+    decoder, (sampling, cuts) = widened(checkpoint(variant)[0]), CASES[variant]
+    sampler = Sampler([0] * ROWS, 4, **cuts) if sampling != "greedy" else None
+    expected = footprint(decoder.config, ROWS, COLUMNS, sampling=sampling)
+    shape = decoder.config.n_layers, decoder.config.dim
+    vector = ts.SteeringVector.from_means(torch.randn(shape), torch.zeros(shape))
+    edits = [[vector.at(L).add(0.1) for L in range(shape[0])]] * ROWS
+    made = []
+
+    def decode():
+        made.append(step := Step(decoder, ROWS, COLUMNS, capture=Tape))
+        tokens = torch.randint(3, 200, (ROWS, PROMPT))
+        start = torch.zeros(ROWS, dtype=torch.long)
+        step.begin(tokens, start, [4] * ROWS, edits=edits, sampler=sampler)
+
+    peak, step = peak_of(decode), made[0]
+    assert expected.weights == sum(p.nbytes for p in decoder.parameters())
+    tables = [table for pair in step.cache.tables.values() for table in pair]
+    caches = (step.cache.k, step.cache.v, *(t for t in tables if len(t) == 1))
+    assert expected.cache == pytest.approx(sum(t.nbytes for t in caches), rel=0.01)
+    (fixed,) = step.steering.values()
+    assert expected.edits == sum(t.nbytes for t in (*fixed.stack, fixed.bank))
+    rest = expected.peak - expected.weights
+    assert 0.8 * peak < rest < 1.5 * peak

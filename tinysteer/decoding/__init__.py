@@ -1,0 +1,1 @@
+"""Tokens one after another: a step, batches, captured graphs, sampling, explanation."""

@@ -1,0 +1,1 @@
+"""What a newcomer sees first: the paper in miniature on the embedded models."""

@@ -1,0 +1,1 @@
+"""The decoder: one graph for every family, its configuration, rotary tables and cache."""

@@ -1,0 +1,276 @@
+"""A decoder-only transformer. One graph for Llama, Mistral, Phi-3 and Gemma 1-3.
+
+B  batch          T  new positions     S  columns of the cache, the new ones included
+D  model width    H  query heads       G  key/value heads
+
+Layer L is the residual stream after block L, counted from 0.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tinysteer_kernels import PADDING, View, add_steer_norm, attend, gated, rms_norm
+from torch import Tensor, nn
+
+from tinysteer.model.config import Config, Layer
+
+CHUNK = 512  # positions run at once: bounds the mask and the scores of a long prompt
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class Norms(NamedTuple):
+    """What surrounds a sum of the residual stream."""
+
+    post: nn.Module  # of what is added to it: an RMSNorm, or an identity
+    next: RMSNorm  # of the sum, for what reads it
+
+
+def weight_of(norm: nn.Module) -> Tensor | None:
+    """A norm's weight; an identity has none."""
+    return getattr(norm, "weight", None)
+
+
+def add(x: Tensor, delta: Tensor, norms: Norms, **steering) -> tuple[Tensor, Tensor]:
+    """x (B, T, D) + norms.post(delta), edited if `steering` says so, and norms.next of it."""
+    norm, traits = norms.next, {"offset": norms.next.offset, "post_weight": weight_of(norms.post)}
+    return add_steer_norm(x, delta, norm.weight, norm.eps, **traits, **steering)
+
+
+Seam = Callable[[Tensor, Tensor, Norms, int, Tensor], tuple[Tensor, Tensor]]
+
+
+def unsteered(
+    x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The seam without edits. Any function of this signature may stand in its place.
+
+    Block `layer` adds delta to the residual stream x, both (B, T, D); position (B, T) counts from
+    the last prompt token (0), and is PADDING where a row has no token. -> the stream after the
+    block, and its norm for the next block or the head.
+    """
+    return add(x, delta, norms)
+
+
+class Recorder:
+    """A seam that keeps the stream another one returns: for each layer a list of (B, T, D)."""
+
+    def __init__(self, n_layers: int, steer: Seam = unsteered, keep: slice = slice(None)):
+        self.steer, self.keep = steer, keep  # of each forward's positions
+        self.states: list[list[Tensor]] = [[] for _ in range(n_layers)]
+
+    def __call__(
+        self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, y = self.steer(x, delta, norms, layer, position)
+        self.states[layer].append(x[:, self.keep].clone())
+        return x, y
+
+
+class Linear(nn.Linear):
+    """Weights come from a checkpoint: nothing is drawn first."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class Embedding(nn.Embedding):
+    """Likewise."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class Fused(Linear):
+    """Several projections of one input in one product, stacked by rows: `parts` counts them."""
+
+    def __init__(self, dim: int, parts: tuple[int, ...], bias: bool):
+        super().__init__(dim, sum(parts), bias=bias)
+        self.parts = parts
+
+
+class Cache:
+    """Keys and values of `length` columns, and where each row's text lies in them.
+
+    Rows are padded on the left: row b's text begins at column start[b] (B,), and every prompt
+    ends before column `prompt`. room (B,) says how many positions each row will have at most;
+    default all columns from its start.
+
+    What changes from step to step is in tensors, so that a captured step goes on from there, and
+    `begin` makes them ready for another batch. Attention may look at the `filled` columns, rounded
+    up to a multiple of `block`. A row that starts behind its query holds nothing: it neither sees
+    nor changes anything.
+    """
+
+    BLOCK = 64
+
+    def __init__(
+        self,
+        decoder: "Decoder",
+        start: Tensor,
+        prompt: int,
+        length: int,
+        room: Tensor | None = None,
+    ):
+        config, weight = decoder.config, decoder.embed.weight
+        B, device = len(start), weight.device
+        shape = (config.n_layers, B, config.n_kv_heads, length, config.head_dim)
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.kinds, self.length = set(config.layers), length
+        self.tables = {
+            rope: [table.to(device, weight.dtype) for table in rope.tables(length)]
+            for rope in {layer.rope for layer in config.layers}
+        }
+        with torch.device(device):
+            self.start = torch.zeros(B, dtype=torch.long)
+            self.column, self.last = torch.zeros(2, 1, dtype=torch.long)  # next; of the prompts
+            self.sets = {rope: torch.zeros(B, 1, dtype=torch.long) for rope in self.tables}
+        self._place(start, prompt, room)
+
+    def begin(self, start: Tensor, prompt: int, room: Tensor | None = None) -> None:
+        """Forget all, for as many rows that start elsewhere."""
+        self.k.zero_()  # what is hidden still counts where it is no number: 0 x NaN
+        self.v.zero_()
+        self._place(start, prompt, room)
+
+    def _place(self, start: Tensor, prompt: int, room: Tensor | None) -> None:
+        room = self.length - start if room is None else room
+        self.filled, self.block = 0, self.BLOCK
+        self.start.copy_(start)
+        self.column.zero_()
+        self.last.fill_(prompt - 1)
+        for rope, sets in self.sets.items():
+            sets.copy_(rope.choose(room)[:, None])
+
+    def part(self, n_rows: int) -> "Cache":
+        """The first rows, in the same memory."""
+        part = copy.copy(self)
+        part.k, part.v, part.start = self.k[:, :n_rows], self.v[:, :n_rows], self.start[:n_rows]
+        part.sets = {rope: sets[:n_rows] for rope, sets in self.sets.items()}
+        return part
+
+    def advance(self, T: int) -> tuple[dict[Layer, View], Tensor]:
+        """Make room for T columns: each kind of layer's view, and the positions (B, T)."""
+        self.filled += T
+        assert self.filled <= self.length, f"{self.filled} columns > {self.length}"
+        reach = min(-(-self.filled // self.block) * self.block, self.length)
+        query = self.column + torch.arange(T, device=self.column.device)
+        self.column += T
+        place = query - self.start[:, None]  # (B, T) within the row's own text
+        at = place.clamp(min=0)
+        turns = {
+            rope: [table[sets, at][:, None] for table in self.tables[rope]]
+            for rope, sets in self.sets.items()
+        }
+        views = {
+            kind: View(*turns[kind.rope], query, self.start, reach, kind.window)
+            for kind in self.kinds
+        }
+        position = (query - self.last).expand(place.shape)
+        return views, position.masked_fill(place < 0, PADDING).to(torch.int32)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each (B, G, length, head_dim)."""
+        return self.k[layer], self.v[layer]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.qkv = Fused(config.dim, (q, kv, kv), bias=config.attn_bias)
+        self.out = Linear(q, config.dim, bias=config.attn_bias)
+        norm = partial(RMSNorm, config.head_dim, config) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+        self.attend = partial(
+            attend,
+            scale=config.attn_scale or config.head_dim**-0.5,
+            cap=config.attn_cap,
+            eps=config.norm_eps,
+            offset=config.norm_offset,
+        )
+
+    def forward(self, x: Tensor, view: View, cache: Cache) -> Tensor:
+        """x (B, T, D) -> (B, T, D); the cache takes in its keys and values."""
+        k, v = cache.layer(self.layer)
+        norms = {"q_weight": weight_of(self.q_norm), "k_weight": weight_of(self.k_norm)}
+        return self.out(self.attend(self.qkv(x), k, v, view, **norms))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_up = Fused(config.dim, (config.hidden_dim,) * 2, bias=config.mlp_bias)
+        self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(gated(self.gate_up(x), self.activation))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        norm = partial(RMSNorm, config.dim, config)
+        post_norm = norm if config.post_norms else nn.Identity
+        self.attn_norm, self.attn_post_norm = norm(), post_norm()
+        self.attn = Attention(config, layer)
+        self.mlp_norm, self.mlp_post_norm = norm(), post_norm()
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, y: Tensor, view: View, cache: Cache) -> tuple[Tensor, Tensor]:
+        """The stream and its norm, (B, T, D) -> the stream after attention, what is added next."""
+        norms = Norms(self.attn_post_norm, self.mlp_norm)
+        x, y = add(x, self.attn(y, view, cache), norms)
+        return x, self.mlp(y)
+
+
+class Decoder(nn.Module):
+    """tokens in, normed residual stream out; `logits` reads the vocabulary off it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config)
+        self.head = (
+            nn.Identity() if config.tied else Linear(config.dim, config.vocab_size, bias=False)
+        )
+
+    def forward(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
+        """tokens (B, T), the cache's next columns -> (B, T, D) after the last norm."""
+        views, position = cache.advance(tokens.shape[1])
+        x = self.embed(tokens)
+        x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded, as in training
+        y = self.blocks[0].attn_norm(x)
+        after = [*(block.attn_norm for block in self.blocks[1:]), self.norm]
+        for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
+            x, delta = block(x, y, views[kind], cache)
+            norms = Norms(block.mlp_post_norm, after[layer])
+            x, y = steer(x, delta, norms, layer, position)  # <- everything this library is about
+        return y
+
+    def prefill(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
+        """`forward` in chunks -> the last position alone, (B, 1, D)."""
+        for chunk in tokens.split(CHUNK, dim=1):
+            x = self(chunk, cache, steer)
+        return x[:, -1:]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (B, T, D) after the last norm -> (B, T, vocab_size) float32."""
+        weight = self.embed.weight if self.config.tied else self.head.weight
+        logits = F.linear(x, weight).float()
+        cap = self.config.logit_cap
+        return cap * torch.tanh(logits / cap) if cap else logits

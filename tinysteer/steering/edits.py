@@ -1,0 +1,165 @@
+"""Edits: moves of the residual stream along one direction, and the verbs that make them.
+
+A list of edits is what `steer=` takes. Layer L is the residual stream after block L, counted from 0
+(transformers' hidden_states[L + 1]).
+"""
+
+import numbers
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import tinysteer_kernels as kernels
+import torch
+from torch import Tensor
+
+# Half-open windows of positions. Generation begins at the last prompt token, position 0, because
+# that is the one that produces the first new token.
+WINDOWS = {"all": (None, None), "prompt": (None, 0), "generation": (0, None)}
+Where = str | tuple[int | None, int | None]
+
+
+class Origin(NamedTuple):
+    """Which vector an edit comes from, made for which model; empty strings where not known."""
+
+    vector: str
+    model: str
+    revision: str
+    n_layers: int
+
+    @property
+    def made_for(self) -> str:
+        revisions = " and ".join(part[:8] for part in self.revision.split(" and "))
+        return f"{self.model}@{revisions}" if revisions else self.model
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A move along one direction at one layer. Made by the verbs of a `Direction`.
+
+    Equal to another one that makes the same move along the same direction at the same layer.
+    """
+
+    layer: int
+    direction: Tensor = field(repr=False)  # (D,) float32, unit length
+    move: kernels.Edit  # d = clip(bias - slope <h, u>, low, high), and where
+    origin: Origin | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        largest = torch.finfo(torch.float32).max
+        for value in (self.move.bias, self.move.slope):
+            if not abs(value) <= largest:
+                raise ValueError(f"weight, alpha and target must be finite numbers, not {value!r}")
+        if not self.direction.isfinite().all():
+            raise ValueError("the direction has NaN or infinite values")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Edit):
+            return NotImplemented
+        same = (self.layer, self.move) == (other.layer, other.move)
+        return same and torch.equal(self.direction, other.direction)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        defaults = kernels.Edit._field_defaults
+        move = (f"{k}={v:g}" for k, v in self.move._asdict().items() if v != defaults[k])
+        vector = f" {self.origin.vector}" if self.origin and self.origin.vector else ""
+        return f"<Edit{vector} at layer {self.layer}: {', '.join(move) or 'nothing'}>"
+
+
+def window(where: Where) -> dict[str, int]:
+    """ "all", "prompt", "generation" or (first, stop) -> an edit's `first` and `last`."""
+    bounds = WINDOWS.get(where) if isinstance(where, str) else where
+    whole = isinstance(bounds, tuple | list) and all(
+        b is None or isinstance(b, numbers.Integral) for b in bounds
+    )
+    if not whole or len(bounds) != 2:
+        raise ValueError(
+            f"where={where!r}: use {', '.join(map(repr, WINDOWS))} or (first, stop), "
+            "positions counted from the last prompt token, 0"
+        )
+    lowest, highest = kernels.ALWAYS
+    first, stop = bounds
+    first = lowest if first is None else max(first, lowest)
+    last = highest if stop is None else min(stop - 1, highest)
+    if first > last:
+        raise ValueError(f"where={where!r} holds no position: stop must be greater than first")
+    return {"first": first, "last": last}
+
+
+def parse_window(text: str) -> Where:
+    """ "all", "prompt", "generation" or "FIRST,STOP", where either may be left out.
+
+    ValueError for any other text.
+    """
+    where: Where = text
+    if text not in WINDOWS:
+        first, comma, stop = text.partition(",")
+        try:
+            where = (int(first) if first else None, int(stop) if stop else None)
+        except ValueError:
+            comma = ""
+        if not comma:
+            raise ValueError(f"{text!r} is none of {', '.join(WINDOWS)}, and not FIRST,STOP")
+    window(where)
+    return where
+
+
+def number(value: float) -> float:
+    """A weight, alpha or target as a float. ValueError for what is none."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"weight, alpha and target must be finite numbers, not {value!r:.40}")
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A steering vector at one layer: a unit direction and what was measured along it.
+
+    Weights and targets are in units of the unit direction, so `add(v.norm)` adds the mean
+    difference itself. `where` says at which positions an edit acts: "all" (as in the paper),
+    "prompt" (before the last prompt token), "generation" (from it on) or (first, stop).
+    """
+
+    layer: int
+    direction: Tensor = field(repr=False)  # (D,) float32, unit length
+    norm: float  # of the mean difference
+    target: float  # mean projection of the states with the instruction
+    baseline: float  # and of those without it
+    origin: Origin | None = field(default=None, repr=False)
+
+    def add(self, weight: float | None = None, *, where: Where = "all") -> Edit:
+        """h + weight u. Default: the difference's own norm (paper, section 2: c u)."""
+        return self._edit(where, bias=self.norm if weight is None else number(weight))
+
+    def to_target(
+        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
+    ) -> Edit:
+        """Set the projection to `target`, or go `alpha` of the way (paper: adjust_rs)."""
+        return self._towards(alpha, target, where)
+
+    def at_least(
+        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
+    ) -> Edit:
+        """As `to_target`, but only ever upwards."""
+        return self._towards(alpha, target, where, low=0.0)
+
+    def at_most(
+        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
+    ) -> Edit:
+        """As `to_target`, but only ever downwards."""
+        return self._towards(alpha, target, where, high=0.0)
+
+    def ablate(self, *, where: Where = "all") -> Edit:
+        """Remove the direction: the projection becomes 0."""
+        return self._edit(where, slope=1.0)
+
+    def _towards(self, alpha: float, target: float | None, where: Where, **clip: float) -> Edit:
+        alpha, target = number(alpha), self.target if target is None else number(target)
+        return self._edit(where, bias=alpha * target, slope=alpha, **clip)
+
+    def _edit(self, where: Where, **move: float) -> Edit:
+        return Edit(self.layer, self.direction, kernels.Edit(**move, **window(where)), self.origin)

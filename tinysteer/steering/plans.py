@@ -1,0 +1,131 @@
+"""Plans: edits written down in JSON, for the command line and for programs alike.
+
+    {"edits": [{"vector": "json.safetensors", "layer": 3, "verb": "to_target"},
+               {"vector": "brief.safetensors", "layer": 2, "verb": "add", "weight": 4.0,
+                "where": [0, 64]}]}
+
+`vector` is a file, entries from the plan's folder; `layer` and `verb` say which edit; `weight` is
+for add, `alpha` and `target` for to_target, at_least and at_most; `where` is one of edits.WINDOWS
+or [first, stop]. What is left out has the verb's default.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinysteer.steering.edits import WINDOWS, Edit, window
+from tinysteer.steering.vectors import SteeringVector
+
+TARGETS = ("alpha", "target")
+VERBS = {  # the numbers each may be given
+    "add": ("weight",),
+    "to_target": TARGETS,
+    "at_least": TARGETS,
+    "at_most": TARGETS,
+    "ablate": (),
+}
+NEEDED = ("vector", "layer", "verb")
+KEYS = {*NEEDED, "where", *(key for keys in VERBS.values() for key in keys)}
+FORM = '{"edits": [...]}'
+
+
+def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") -> list[Edit]:
+    """A plan's file, or its content as a dict -> its edits, in order.
+
+    Vectors' files are entries from the plan's own folder, a dict's from `folder`. ValueError that
+    names the key which is wrong, before any vector is read; FileNotFoundError.
+    """
+    if isinstance(source, Mapping):
+        return make_edits(source, "plan", Path(folder))
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no plan {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return make_edits(content, str(path), path.parent)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON leaves open: a key that stands twice is an error."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in names if names.count(k) > 1)!r} stands there twice")
+    return entries
+
+
+def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
+    """A plan's content -> its edits; `name` is what errors call it."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} holds {content!r:.40}; a plan is {FORM}")
+    for key in content:
+        if key != "edits":
+            raise ValueError(f"{name}: {key!r} is no key of a plan, which is {FORM}")
+    entries = content.get("edits")
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise ValueError(f"{name}: 'edits' must be a list: a plan is {FORM}")
+    for i, entry in enumerate(entries):
+        check_entry(entry, f"{name}: edits[{i}]")
+    vectors: dict[str, SteeringVector] = {}
+    edits = []
+    for i, entry in enumerate(entries):
+        file = str(entry["vector"])
+        try:
+            if file not in vectors:
+                vectors[file] = SteeringVector.load(folder / file)
+            direction = vectors[file].at(entry["layer"])
+        except (ValueError, FileNotFoundError) as error:
+            key = "layer" if file in vectors else "vector"
+            raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None
+        numbers = {key: entry[key] for key in VERBS[entry["verb"]] if key in entry}
+        move = getattr(direction, entry["verb"])
+        edits.append(move(**numbers, where=entry.get("where", "all")))
+    return edits
+
+
+def check_entry(entry: Any, name: str) -> None:
+    """ValueError naming the key that is missing, unknown or of the wrong type."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{name} is {entry!r:.40}, not an object with {', '.join(NEEDED)}")
+    for key in NEEDED:
+        if key not in entry:
+            strange = [f"; {other!r} is no key" for other in entry if other not in KEYS]
+            raise ValueError(f"{name}.{key} is missing{''.join(strange)}")
+    verb = entry["verb"]
+    if not isinstance(verb, str) or verb not in VERBS:
+        raise ValueError(f"{name}.verb is {verb!r}; it must be one of {', '.join(VERBS)}")
+    kinds = {  # what a value must be, and whether it is
+        "vector": ("a file's name", lambda v: isinstance(v, str | Path) and str(v)),
+        "layer": ("a whole number", lambda v: is_number(v, Integral)),
+        "verb": ("a verb", lambda v: True),
+        "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", is_window),
+        **dict.fromkeys(VERBS[verb], ("a finite number", is_number)),
+    }
+    for key, value in entry.items():
+        if key not in kinds:
+            raise ValueError(f"{name}.{key} is no key of {verb}, which has {', '.join(kinds)}")
+        words, fits = kinds[key]
+        if not fits(value):
+            raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
+
+
+def is_number(value: Any, kind: type = Real) -> bool:
+    """Of that kind, finite in float32, and not a truth value, which Python takes for a number."""
+    largest = torch.finfo(torch.float32).max
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= largest
+
+
+def is_window(value: Any) -> bool:
+    if isinstance(value, Sequence) and any(isinstance(end, bool) for end in value):
+        return False
+    try:
+        return bool(window(value))
+    except ValueError:
+        return False

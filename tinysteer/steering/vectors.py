@@ -1,0 +1,293 @@
+"""Steering vectors as values: one direction per layer, their algebra and their files.
+
+`vector.at(L)` picks a layer's direction, whose verbs make edits.
+"""
+
+import json
+import numbers
+import operator
+import struct
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tinysteer.loading.hub import pull, push
+from tinysteer.steering import hub_card
+from tinysteer.steering.edits import Direction, Origin
+
+TENSORS = ("directions", "norms", "targets", "baselines")
+HUB_FILE = "vector.safetensors"
+FORMAT = "tinysteer-vector-1"
+CONVENTION = "layer L is the residual stream after block L, counted from 0"
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """One direction per layer, and what extraction measured along it.
+
+    All float32 on the CPU. A layer whose states did not differ has a zero direction and norm.
+
+    A value: `a + b`, `a - b`, `2 * a`, `-a` and `a / 2` are vectors, whose difference at every
+    layer (`norms * directions`) is that of the differences; `a == b` compares all numbers, not
+    the metadata. The algebra sees a vector as a way from the states without the instruction, so
+    that a result's target is its baseline plus its norm: `(2 * a).at(L).to_target()` goes twice
+    as far as `a`, `-a` as far in the other direction.
+    """
+
+    directions: Tensor  # (n_layers, D), rows of unit length
+    norms: Tensor  # (n_layers,) length of the mean difference
+    targets: Tensor  # (n_layers,) mean projection of the states with the instruction
+    baselines: Tensor  # (n_layers,) mean projection of the states without it
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.directions.ndim != 2:
+            raise ValueError(f"directions is {list(self.directions.shape)}, not [n_layers, D]")
+        for name in TENSORS:
+            tensor = getattr(self, name)
+            if tensor.shape[:1] != (self.n_layers,) or tensor.ndim > 1 + (name == "directions"):
+                raise ValueError(f"{name} is {list(tensor.shape)} for {self.n_layers} layers")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has NaN or infinite values")
+        lengths = self.directions.float().norm(dim=-1)
+        if not ((lengths == 0) | ((lengths - 1).abs() < 1e-3)).all():
+            raise ValueError("directions must have unit length: their own length goes into norms")
+
+    @classmethod
+    def from_means(
+        cls, with_instruction: Tensor, without: Tensor, metadata: dict[str, str] | None = None
+    ) -> "SteeringVector":
+        """Mean states with and without the instruction, each (n_layers, D) (paper, section 2)."""
+        difference = with_instruction.double() - without.double()
+        return cls.along(difference, with_instruction, without, metadata)
+
+    @classmethod
+    def along(
+        cls,
+        directions: Tensor,
+        with_instruction: Tensor,
+        without: Tensor,
+        metadata: dict[str, str] | None = None,
+    ) -> "SteeringVector":
+        """Directions of any length, (n_layers, D), with what the mean states measure along them.
+
+        The norm is the mean difference's projection: its length where it is the direction itself.
+        """
+        u = unit(directions.double())
+        targets, baselines = ((states * u).sum(-1) for states in (with_instruction, without))
+        norms = ((with_instruction.double() - without.double()) * u).sum(-1)
+        tensors = (u, norms, targets, baselines)
+        return cls(*(tensor.float() for tensor in tensors), metadata or {})
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.directions)
+
+    @property
+    def dim(self) -> int:
+        return self.directions.shape[1]
+
+    @property
+    def origin(self) -> Origin:
+        """What it is called, and the model it was facts for."""
+        model = (self.metadata.get(key, "") for key in ("model", "revision"))
+        return Origin(self.label, *model, self.n_layers)
+
+    @property
+    def label(self) -> str:
+        """Its name or formula, or else the digest of the pairs it was facts from."""
+        about = self.metadata
+        return about.get("name") or about.get("formula") or about.get("pairs_sha256", "")[:8]
+
+    def __repr__(self) -> str:
+        about = self.metadata
+        facts = [f"{self.n_layers} layers of width {self.dim}"]
+        if "method" in about:
+            facts.append(f"{about['method']} of {about.get('pairs', '?')} pairs")
+        if self.origin.model:
+            facts.append(f"for {self.origin.made_for}")
+        return f"<SteeringVector {self.label or 'unnamed'}: {', '.join(facts)}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in TENSORS)
+
+    __hash__ = None
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        return combine(self, other, 1.0) if isinstance(other, SteeringVector) else NotImplemented
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return combine(self, other, -1.0) if isinstance(other, SteeringVector) else NotImplemented
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        if not isinstance(factor, numbers.Real):
+            return NotImplemented
+        factor = float(factor)
+        about = self.metadata | {"formula": f"{factor:g} {term(self)}"}
+        return self._along(factor * self.difference, factor * self.moment, about)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVector":
+        return self * (1 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
+
+    def __neg__(self) -> "SteeringVector":
+        about = self.metadata | {"formula": f"-{term(self)}"}
+        return self._along(-self.difference, -self.moment, about)
+
+    @property
+    def difference(self) -> Tensor:
+        """Mean difference of the states, (n_layers, D) float64."""
+        return self.norms.double()[:, None] * self.directions.double()
+
+    @property
+    def moment(self) -> Tensor:
+        """Projection of the states without the instruction on `difference`: linear in it."""
+        return self.norms.double() * self.baselines.double()
+
+    def _along(self, difference: Tensor, moment: Tensor, about: dict) -> "SteeringVector":
+        norms = difference.norm(dim=-1)
+        baselines = torch.where(norms > 0, moment / norms, 0.0)
+        tensors = (unit(difference), norms, baselines + norms, baselines)
+        about = {key: value for key, value in about.items() if key != "name"}
+        return SteeringVector(*(tensor.float() for tensor in tensors), about)
+
+    def random_like(self, seed: int | str = 0, without: Tensor | None = None) -> "SteeringVector":
+        """Random directions with the same norms: the control of a claim.
+
+        seed: a number, or a text that stands for one, so that what is named has a control of its
+        own. without: mean states without the instruction, (n_layers, D), from which baselines and
+        targets follow as for the vector itself; default none, which is enough for `add`.
+        """
+        if isinstance(seed, str):
+            seed = zlib.crc32(seed.encode())
+        noise = torch.randn(self.directions.shape, generator=torch.Generator().manual_seed(seed))
+        directions = unit(noise) * (self.norms != 0)[:, None]
+        baselines = (
+            torch.zeros_like(self.norms) if without is None else (without * directions).sum(-1)
+        )
+        about = {k: v for k, v in self.metadata.items() if k in ("model", "revision", "tinysteer")}
+        about["formula"] = f"random direction {seed} like {term(self)}"
+        return SteeringVector(directions, self.norms, baselines + self.norms, baselines, about)
+
+    def at(self, layer: int) -> Direction:
+        """The direction of one layer; negative layers count from the last."""
+        layer = operator.index(layer)
+        if not -self.n_layers <= layer < self.n_layers:
+            raise ValueError(f"layer {layer}: this vector has layers 0 to {self.n_layers - 1}")
+        layer %= self.n_layers
+        if self.norms[layer] == 0:
+            raise ValueError(
+                f"layer {layer}: the states with and without the instruction are equal there, "
+                "so it has no direction"
+            )
+        return Direction(
+            layer,
+            self.directions[layer],
+            float(self.norms[layer]),
+            float(self.targets[layer]),
+            float(self.baselines[layer]),
+            self.origin,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: the four tensors, and the metadata as strings.
+
+        Written here, since the library's own writer wants numpy, which nothing else here needs:
+        the header's length, the header in JSON, the numbers.
+        """
+        if not (folder := Path(path).absolute().parent).is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} to save into")
+        about = {**self.metadata, "format": FORMAT, "layers": CONVENTION}
+        header = {"__metadata__": {key: readable(str(text)) for key, text in about.items()}}
+        data = b""
+        for name in TENSORS:
+            values = getattr(self, name).flatten().tolist()
+            begin, data = len(data), data + struct.pack(f"<{len(values)}f", *values)
+            shape = list(getattr(self, name).shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(data)]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SteeringVector":
+        """Read what `save` wrote. FileNotFoundError, or ValueError for any other content."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no steering vector file {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.pop("format", None) != FORMAT:
+                    raise ValueError(f"it is no tinysteer vector (no format {FORMAT})")
+                metadata.pop("layers", None)
+                return cls(*(file.get_tensor(name).float() for name in TENSORS), metadata)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def card(self, repo: str) -> str:
+        """The README.md that `push_to_hub` publishes beside the file."""
+        numbers = torch.stack((self.norms, self.targets, self.baselines), dim=1).tolist()
+        return hub_card.card(repo, self.metadata, self.dim, numbers)
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Publish the file and a generated card as `repo` ("owner/name") -> the page's address.
+
+        Needs an account's token in HF_TOKEN or from `hf auth login`. ValueError,
+        PermissionError, ConnectionError.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / HUB_FILE)
+            (Path(folder) / "README.md").write_text(self.card(repo), encoding="utf-8")
+            return push(folder, repo, private=private, message="Steering vector")
+
+    @classmethod
+    def from_hub(cls, repo: str, *, revision: str | None = None) -> "SteeringVector":
+        """Load what `push_to_hub` published.
+
+        FileNotFoundError, PermissionError, ConnectionError.
+        """
+        return cls.load(pull(repo, HUB_FILE, revision))
+
+
+def unit(directions: Tensor) -> Tensor:
+    """(n_layers, D) -> the same at length 1; rows of zeros stay."""
+    norms = directions.norm(dim=-1, keepdim=True)
+    return torch.where(norms > 0, directions / norms, 0.0)
+
+
+def readable(text: str) -> str:
+    """Text that UTF-8 can hold: names of files may have other bytes in them."""
+    return text.encode(errors="replace").decode()
+
+
+def term(vector: SteeringVector) -> str:
+    """How a vector stands in another one's formula."""
+    label = vector.label or "a vector"
+    return f"({label})" if "formula" in vector.metadata else label
+
+
+def combine(a: SteeringVector, b: SteeringVector, sign: float) -> SteeringVector:
+    """a + sign b. ValueError where they have other layers or another width."""
+    if a.directions.shape != b.directions.shape:
+        shapes = " and ".join(f"{v.n_layers} layers of width {v.dim}" for v in (a, b))
+        raise ValueError(f"vectors of {shapes} are of different models and cannot be added")
+    difference = a.difference + sign * b.difference
+    # What is left of equal ones is rounding, and no direction.
+    left = difference.norm(dim=-1) > 1e-6 * (a.norms + b.norms)
+    about = {
+        key: value if value == b.metadata[key] else f"{value} and {b.metadata[key]}"
+        for key, value in a.metadata.items()
+        if key in b.metadata
+    }
+    about["formula"] = f"{term(a)} {'+' if sign > 0 else '-'} {term(b)}"
+    return a._along(difference * left[:, None], a.moment + sign * b.moment, about)
