@@ -6,7 +6,7 @@ import pytest
 import torch
 from device import DEVICE
 from dispatch import Calls
-from tinysteer_kernels import View, attend, attention, fusing
+from tinysteer_kernels.decode import View, attend, attention, use_kernels
 from tinysteer_kernels.devices import HAS_TRITON
 
 FORMULA, KERNEL = "formula", "kernel"
@@ -32,9 +32,9 @@ def case(B=2, H=4, G=2, S=40, D=16, R=None, now=20, dtype=torch.float32, seed=0)
 def run(way, qkv, k, v, where, window=None, **settings):
     view = View(*where, reach=int(where[2]) + 1, window=window)
     if way == FORMULA:
-        with fusing(False):
+        with use_kernels(False):
             return attend(qkv, k, v, view, **settings)
-    return attention.launch(qkv, k, v, view, attention.Traits(**settings))
+    return attention.attend_launch(qkv, k, v, view, attention.Traits(**settings))
 
 
 def exact(qkv, k, v, where, window=None, scale=1.0, cap=None, q_weight=None, k_weight=None, **norm):
@@ -184,7 +184,7 @@ def test_the_op_keeps_the_rules_of_custom_ops(T):
     cos, sin = (x.expand(-1, -1, T, -1).contiguous() for x in (cos, sin))
     weight = torch.randn(16, device=DEVICE)
     arguments = qkv, k, v, cos, sin, query, start, 24, 9, 0.3, 5.0, weight, weight, 1e-6, 1.0
-    torch.library.opcheck(attention.op, arguments)
+    torch.library.opcheck(attention.attend_op, arguments)
 
 
 @needs_triton
@@ -199,5 +199,5 @@ def test_a_launch_allocates_its_results_and_nothing_that_grows(monkeypatch):
         inputs = case(B=1, S=1500, now=now, D=64)
         with Calls() as calls:
             view = View(*inputs[3], reach=1500)
-            attention.launch(*inputs[:3], view, attention.Traits(0.3))
+            attention.attend_launch(*inputs[:3], view, attention.Traits(0.3))
         assert calls.names == ["aten.new_empty.default"] * 3

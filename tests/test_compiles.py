@@ -53,7 +53,7 @@ def test_states_and_directions_are_loaded_128_bits_at_a_time(capability):
     for name, code in steering(capability).items():
         wide = {"x", "delta", "weight", "post_weight", "bank"} & set(code["loads"])
         assert "x" in wide
-        assert ("bank" in wide) == ("no edits" not in name)
+        assert ("bank" in wide) == ("no moves" not in name)
         for pointer in wide:
             assert list(code["loads"][pointer]) == ["128"], f"{pointer} of {name}"
 
@@ -61,7 +61,7 @@ def test_states_and_directions_are_loaded_128_bits_at_a_time(capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_keys_and_values_are_copied_16_bytes_at_a_time_while_others_are_used(capability):
     codes = {n: c for n, c in report(capability).items() if n.startswith("attend")}
-    assert len(codes) == 5
+    assert len(codes) == 6
     assert all(code["copies"] == ["0x10"] for code in codes.values())
 
 
@@ -72,10 +72,16 @@ def test_gates_are_loaded_128_bits_at_a_time(capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_a_blocks_four_edits_come_in_one_load(capability):
-    loads = report(capability)["fused, decode"]["loads"]
-    for table in ("bias", "low", "high"):
-        assert loads[f"edits.{table}"] == {"128": 1}, table
+@pytest.mark.parametrize("name", ["fused, decode", "fused, decode, slot", "steer, decode"])
+def test_a_blocks_four_moves_come_in_one_load(name, capability):
+    """Seven fields and three lines of the Gram matrix; fields of the next block, and 32 bits more.
+
+    Those tell all threads whether a move reads its projection.
+    """
+    loads = report(capability)[name]["loads"]["tables"]
+    assert set(loads) == {"128", "32"}
+    assert loads["128"] >= 7 + 3 + 3
+    assert loads["32"] <= 4
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -88,3 +94,23 @@ def test_layouts_agree_so_that_only_reductions_wait(capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_registers_leave_room_for_512_threads_on_a_multiprocessor(capability):
     assert all(code["registers"] <= 128 for code in report(capability).values())
+
+
+OPTIONAL = {
+    "steer_kernel": {"position_ptr", "slot_ptr"},
+    "add_steer_norm_kernel": {
+        "post_weight_ptr",
+        "bank_ptr",
+        "tables_ptr",
+        "position_ptr",
+        "slot_ptr",
+    },
+    "attend_kernel": {"q_weight_ptr", "k_weight_ptr", "lse_ptr", "cap"},
+}
+
+
+@pytest.mark.parametrize("kernel", OPTIONAL)
+def test_every_optional_argument_is_compiled_given_and_left_out(kernel):
+    codes = [code for code in report(90).values() if code["kernel"] == kernel]
+    given, absent = ({name for code in codes for name in code[key]} for key in ("given", "absent"))
+    assert given & absent == absent == OPTIONAL[kernel]

@@ -67,6 +67,6 @@ def test_memory_is_as_foretold(variant, checkpoint):
     caches = (step.cache.k, step.cache.v, *(t for t in tables if len(t) == 1))
     assert expected.cache == pytest.approx(sum(t.nbytes for t in caches), rel=0.01)
     (fixed,) = step.steering.values()
-    assert expected.edits == sum(t.nbytes for t in (*fixed.stack, fixed.bank))
+    assert expected.edits == fixed.stack.packed.nbytes + fixed.bank.nbytes
     rest = expected.peak - expected.weights
     assert 0.8 * peak < rest < 1.5 * peak

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import hooked, layers_of
-from tinysteer_kernels import Edit, add_steer_norm, compile_edits, steer
+from tinysteer_kernels import Move, add_steer_norm, compile_moves, steer
 
 from tinysteer.steering.edits import Edit as LayerEdit
 
@@ -34,8 +34,8 @@ def bank(theirs):
 
 
 ROWS = [
-    [Edit(0, bias=4.0), Edit(1, bias=3.0, slope=1.0)],
-    [Edit(2, slope=1.0), Edit(0, bias=-5.0, slope=1.0, high=0.0), Edit(1, bias=2.0)],
+    [Move(0, bias=4.0), Move(1, bias=3.0, slope=1.0)],
+    [Move(2, slope=1.0), Move(0, bias=-5.0, slope=1.0, high=0.0), Move(1, bias=2.0)],
 ]
 
 
@@ -51,11 +51,9 @@ def by_reference(theirs, tokens, bank):
 
 
 def test_a_forward_hook_steers_each_row_of_a_transformers_model(theirs, tokens, bank):
-    edits = compile_edits(bank, ROWS)
-    handles = [
-        layers_of(theirs)[layer].register_forward_hook(lambda block, args, h: steer(h, bank, edits))
-        for layer in LAYERS
-    ]
+    tables = compile_moves(bank, ROWS)
+    hook = lambda block, args, h: steer(h, bank, tables)  # noqa: E731
+    handles = [layers_of(theirs)[layer].register_forward_hook(hook) for layer in LAYERS]
     with torch.no_grad():
         result = theirs(tokens).logits
     for handle in handles:
@@ -67,7 +65,7 @@ def test_a_forward_hook_steers_each_row_of_a_transformers_model(theirs, tokens, 
 @torch.no_grad()
 def test_a_split_residual_is_steered_in_its_sum(theirs, tokens, bank):
     """The stream as vLLM keeps it: a residual, and what the last product adds to it."""
-    base, edits = theirs.model, compile_edits(bank, ROWS)
+    base, tables = theirs.model, compile_moves(bank, ROWS)
     residual = base.embed_tokens(tokens)
     place = torch.arange(tokens.shape[1])[None]
     attend = {
@@ -81,7 +79,7 @@ def test_a_split_residual_is_steered_in_its_sum(theirs, tokens, bank):
         after = base.norm if last else base.layers[layer + 1].input_layernorm
         hidden = block.self_attn(y, **attend)[0]
         residual, y = add_steer_norm(residual, hidden, block.post_attention_layernorm.weight, eps)
-        steering = {"bank": bank, "edits": edits} if layer in LAYERS else {}
+        steering = {"bank": bank, "tables": tables} if layer in LAYERS else {}
         residual, y = add_steer_norm(residual, block.mlp(y), after.weight, eps, **steering)
     expected = by_reference(theirs, tokens, bank)
     torch.testing.assert_close(theirs.lm_head(y), expected, atol=2e-4, rtol=1e-4)
@@ -93,8 +91,9 @@ def test_tokens_of_many_requests_are_rows_of_one_position(bank):
     x = torch.randn(4, bank.shape[1], generator=generator)
     request = [0, 0, 1, 1]  # of each token
     whole = torch.stack([x[:2], x[2:]])
-    expected = steer(whole, bank, compile_edits(bank, ROWS)).flatten(0, 1)
-    steer(x[:, None], bank, compile_edits(bank, [ROWS[r] for r in request]))
+    expected = steer(whole, bank, compile_moves(bank, ROWS)).flatten(0, 1)
+    slot = torch.tensor(request, dtype=torch.int32)
+    steer(x[:, None], bank, compile_moves(bank, ROWS), slot=slot)
     torch.testing.assert_close(x, expected)
 
 
@@ -114,10 +113,10 @@ def test_hugging_faces_kernels_library_loads_the_package(bank, monkeypatch):
     loaded = get_local_kernel(Path(__file__).parents[1] / "kernels")
     assert loaded.steer is not steer
     x = torch.zeros(1, 1, bank.shape[1])
-    edits = loaded.compile_edits(bank, [[loaded.Edit(1, bias=2.0)]])
-    torch.testing.assert_close(loaded.steer(x, bank, edits)[0, 0], 2 * bank[1])
+    tables = loaded.compile_moves(bank, [[loaded.Move(1, bias=2.0)]])
+    torch.testing.assert_close(loaded.steer(x, bank, tables)[0, 0], 2 * bank[1])
     ops = [name for name in ("", "_universal") if hasattr(torch.ops, f"tinysteer_kernels{name}")]
     assert ops == ["", "_universal"], "each copy has ops of its own"
     x = torch.zeros(1, 1, bank.shape[1])  # and the installed one still works beside it
-    edits = compile_edits(bank, [[Edit(1, bias=2.0)]])
-    torch.testing.assert_close(steer(x, bank, edits)[0, 0], 2 * bank[1])
+    tables = compile_moves(bank, [[Move(1, bias=2.0)]])
+    torch.testing.assert_close(steer(x, bank, tables)[0, 0], 2 * bank[1])

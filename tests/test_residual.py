@@ -5,24 +5,27 @@ import math
 import pytest
 import torch
 from device import DEVICE
-from test_edits import DTYPES, case, check_error, one_by_one, random_case
-from tinysteer_kernels import Edit, add_steer_norm, compile_edits, residual, rms_norm
-from tinysteer_kernels import edits as editing
+from test_steering import DTYPES, by_formula, case, check_error, random_case
+from tinysteer_kernels import Move, add_steer_norm, compile_moves, residual, steer
+from tinysteer_kernels.decode import rms_norm
 from tinysteer_kernels.devices import HAS_TRITON
+from tinysteer_kernels.naive import steer_naive
 
 EPS = 1e-6
-WAYS = {"formula": residual.formula} | ({"kernel": residual.launch} if HAS_TRITON else {})
+WAYS = {"formula": residual.add_steer_norm_reference} | (
+    {"kernel": residual.add_steer_norm_launch} if HAS_TRITON else {}
+)
 # family -> offset of its norms, whether delta has a norm of its own
 FAMILIES = {"llama": (0.0, False), "gemma": (1.0, False), "gemma 2": (1.0, True)}
 
 
 @pytest.fixture(params=WAYS)
 def run(request):
-    """The op without its checks: (x, delta, weight, post_weight, offset, bank, edits, position)."""
+    """The op without its checks."""
     way = WAYS[request.param]
 
-    def run(x, delta, weight, post, offset, bank=None, edits=None, position=None):
-        return way(x, delta, weight, EPS, offset, post, bank, edits, position)
+    def run(x, delta, weight, post, offset, bank=None, tables=None, position=None, slot=None):
+        return way(x, delta, weight, EPS, offset, post, bank, tables, position, slot)
 
     return run
 
@@ -51,10 +54,10 @@ def test_it_equals_its_steps_in_float64(run, seed, family):
     x, bank, rows, position = random_case(seed, widths=(64, 100, 576, 2304, 4096))
     delta, weight, post, offset = surroundings(x, family, seed)
     step = delta if post is None else rms_norm(delta, post, EPS, offset)
-    expected = one_by_one(x + step, bank, rows, position)
-    edits = compile_edits(bank, rows)
+    expected = steer_naive(x + step, bank, rows, position)
+    tables = compile_moves(bank, rows)
     new, y = run(
-        x, delta, weight, post, offset, bank, edits if edits.index.numel() else None, position
+        x, delta, weight, post, offset, bank, tables if tables.index.numel() else None, position
     )
     check_error(new, expected, x.dtype)
     exact = exact_norm(new.double(), weight, offset)
@@ -70,7 +73,7 @@ def same_up_to_a_rare_ulp(result, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_without_edits_is_what_the_unfused_steps_give(run, family, dtype):
+def test_a_row_without_moves_is_what_the_unfused_steps_give(run, family, dtype):
     x, *_ = case(B=2, T=5, D=576, dtype=dtype)
     delta, weight, post, offset = surroundings(x, family)
     step = delta if post is None else rms_norm(delta, post, EPS, offset)
@@ -84,14 +87,14 @@ def test_a_row_without_edits_is_what_the_unfused_steps_give(run, family, dtype):
 
 @pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_idle_edits_change_no_bit(run, family, T):
-    idle = [Edit(), Edit(0, bias=0.0), Edit(1, bias=3.0, first=9), Edit()]
-    x, bank, edits, position = case(*idle, B=2, T=T, D=64, dtype=torch.bfloat16)
+def test_idle_moves_change_no_bit(run, family, T):
+    idle = [Move(), Move(0, bias=0.0), Move(1, bias=3.0, first=9), Move()]
+    x, bank, tables, position = case(*idle, B=2, T=T, D=64, dtype=torch.bfloat16)
     x[0, 0, :4] = -0.0
     delta, weight, post, offset = surroundings(x, family)
     delta[0, 0, :4] = -0.0
     without = run(x, delta, weight, post, offset)
-    idle = run(x, delta, weight, post, offset, bank, edits, position)
+    idle = run(x, delta, weight, post, offset, bank, tables, position)
     for a, b in zip(idle, without, strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
@@ -99,51 +102,51 @@ def test_idle_edits_change_no_bit(run, family, T):
 @pytest.mark.parametrize("T", [1, 5])
 def test_it_equals_add_then_steer_then_norm(run, T):
     """Each step by the same way: the sum, `steer` and the norm of its result."""
-    row = [Edit(0, bias=9.0), Edit(1, bias=-4.0, slope=1.0), Edit(2, slope=1.0)]
-    x, bank, edits, position = case(*row, B=2, T=T, D=576, dtype=torch.bfloat16)
+    row = [Move(0, bias=9.0), Move(1, bias=-4.0, slope=1.0), Move(2, slope=1.0)]
+    x, bank, tables, position = case(*row, B=2, T=T, D=576, dtype=torch.bfloat16)
     delta, weight, post, offset = surroundings(x, "llama")
-    new, y = run(x, delta, weight, post, offset, bank, edits, position)
-    same_up_to_a_rare_ulp(new, editing.formula(x + delta, bank, edits, position))
+    new, y = run(x, delta, weight, post, offset, bank, tables, position)
+    same_up_to_a_rare_ulp(new, by_formula(x + delta, bank, tables, position))
     same_up_to_a_rare_ulp(y, rms_norm(new, weight, EPS))
     assert (y - rms_norm(x + delta, weight, EPS)).abs().max() > 0.1, "the norm is of the edited x"
 
 
 def test_its_inputs_stay_as_they_were(run):
-    x, bank, edits, position = case(Edit(0, bias=2.0))
+    x, bank, tables, position = case(Move(0, bias=2.0))
     delta, weight, post, offset = surroundings(x, "gemma 2")
     before = [tensor.clone() for tensor in (x, delta, weight, post)]
-    run(x, delta, weight, post, offset, bank, edits, position)
+    run(x, delta, weight, post, offset, bank, tables, position)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, delta, weight, post), strict=True))
 
 
 def test_strided_rows_are_read_where_they_lie(run):
-    x, bank, edits, position = case(Edit(0, bias=2.0), B=2, T=3)
+    x, bank, tables, position = case(Move(0, bias=2.0), B=2, T=3)
     delta, weight, post, offset = surroundings(x, "llama")
-    expected = run(x, delta, weight, post, offset, bank, edits, position)
+    expected = run(x, delta, weight, post, offset, bank, tables, position)
     wide = torch.full((2, 5, 40), math.nan, device=DEVICE)
     wide[:, 1:4, 4:20], wide[:, 1:4, 22:38] = x, delta
     x, delta = wide[:, 1:4, 4:20], wide[:, 1:4, 22:38]
-    result = run(x, delta, weight, post, offset, bank, edits, position)
+    result = run(x, delta, weight, post, offset, bank, tables, position)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     assert all(tensor.is_contiguous() for tensor in result)
 
 
 def test_a_transposed_batch_gives_contiguous_results(run):
-    x, bank, edits, position = case(Edit(0, bias=2.0), B=2, T=3)
+    x, bank, tables, position = case(Move(0, bias=2.0), B=2, T=3)
     delta, weight, post, offset = surroundings(x, "llama")
-    expected = run(x, delta, weight, post, offset, bank, edits, position)
+    expected = run(x, delta, weight, post, offset, bank, tables, position)
     turned = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (x, delta))
-    result = run(*turned, weight, post, offset, bank, edits, position)
+    result = run(*turned, weight, post, offset, bank, tables, position)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     assert all(tensor.is_contiguous() for tensor in result)
 
 
 def test_a_nan_row_stays_alone(run):
-    x, bank, edits, position = case(Edit(0, bias=1.0), Edit(1, slope=1.0), B=2)
+    x, bank, tables, position = case(Move(0, bias=1.0), Move(1, slope=1.0), B=2)
     delta, weight, post, offset = surroundings(x, "gemma 2")
-    clean = run(x, delta, weight, post, offset, bank, edits, position)
+    clean = run(x, delta, weight, post, offset, bank, tables, position)
     x[0] = math.nan
-    spoilt = run(x, delta, weight, post, offset, bank, edits, position)
+    spoilt = run(x, delta, weight, post, offset, bank, tables, position)
     for a, b in zip(spoilt, clean, strict=True):
         assert a[0].isnan().all()
         assert torch.equal(a[1], b[1])
@@ -168,27 +171,44 @@ def test_the_norm_rounds_as_transformers_does(name, dtype):
 
 
 def test_the_op_is_the_formula_with_defaults():
-    x, bank, edits, position = case(Edit(0, bias=2.0))
+    x, bank, tables, position = case(Move(0, bias=2.0))
     delta, weight, _, _ = surroundings(x, "llama")
     new, y = add_steer_norm(x, delta, weight, EPS)
     assert torch.equal(new, x + delta)
     torch.testing.assert_close(y, rms_norm(new, weight, EPS))
-    new, y = add_steer_norm(x, delta, weight, EPS, bank=bank, edits=edits, position=position)
+    new, y = add_steer_norm(x, delta, weight, EPS, bank=bank, tables=tables, position=position)
     torch.testing.assert_close(new, x + delta + 2 * bank[0])
     torch.testing.assert_close(y, rms_norm(new, weight, EPS))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_op_gives_all_it_is_given_to_the_formula(family):
-    row = [Edit(0, bias=1.0, slope=1.0, first=1), Edit(1, bias=2.0, last=1), Edit(2, slope=1.0)]
-    x, bank, edits, position = case(*row, B=2, T=4)
+    row = [Move(0, bias=1.0, slope=1.0, first=1), Move(1, bias=2.0, last=1), Move(2, slope=1.0)]
+    x, bank, tables, position = case(*row, B=2, T=4)
     delta, weight, post, offset = surroundings(x, family)
-    expected = residual.formula(x, delta, weight, EPS, offset, post, bank, edits, position)
+    expected = residual.add_steer_norm_reference(
+        x, delta, weight, EPS, offset, post, bank, tables, position, None
+    )
     traits = {"offset": offset, "post_weight": post}
-    steering = {"bank": bank, "edits": edits, "position": position}
+    steering = {"bank": bank, "tables": tables, "position": position}
     result = add_steer_norm(x, delta, weight, EPS, **traits, **steering)
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_slot_says_which_row_of_the_tables_serves(run, T):
+    x, bank, _, position = case(B=5, T=T)
+    rows, slot = [[Move(0, bias=2.0)], [Move(1, slope=1.0), Move(2, bias=3.0)]], [1, -1, 0, 1, -3]
+    each = [rows[s] if s >= 0 else [] for s in slot]
+    slots = torch.tensor(slot, dtype=torch.int32, device=DEVICE)
+    around = surroundings(x, "gemma 2")
+    expected = run(x, *around, bank, compile_moves(bank, each), position)
+    result = run(x, *around, bank, compile_moves(bank, rows), position, slots)
+    plain = run(x, *around)
+    for a, b, c in zip(result, expected, plain, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[[1, 4]], c[[1, 4]])
 
 
 def test_an_expanded_row_may_be_read():
@@ -200,13 +220,13 @@ def test_an_expanded_row_may_be_read():
 
 
 def test_gradients_are_those_of_the_steps():
-    x, bank, edits, position = case(Edit(0, bias=2.0), Edit(1, bias=1.0, slope=1.0))
+    x, bank, tables, position = case(Move(0, bias=2.0), Move(1, bias=1.0, slope=1.0))
     delta, weight, _, _ = surroundings(x, "llama")
     for tensor in (x, delta, weight):
         tensor.requires_grad_()
-    steering = {"bank": bank, "edits": edits, "position": position}
+    steering = {"bank": bank, "tables": tables, "position": position}
     _, y = add_steer_norm(x, delta, weight, EPS, **steering)
-    h = editing.steer(x + delta, bank, edits, position)
+    h = steer(x + delta, bank, tables, position)
     expected = torch.autograd.grad(rms_norm(h, weight, EPS).square().sum(), (x, delta, weight))
     result = torch.autograd.grad(y.square().sum(), (x, delta, weight))
     for a, b in zip(result, expected, strict=True):
@@ -220,14 +240,14 @@ BAD = {
     "a weight of another width": ({"weight": torch.zeros(15)}, r"weight is \(15,\).*\(16,\)"),
     "a weight of another type": ({"weight": torch.zeros(16).half()}, "weight torch.float16"),
     "a post-norm's weight too short": ({"post_weight": torch.zeros(1)}, r"post_weight is \(1,\)"),
-    "edits without a bank": ({"edits": case(Edit(0))[2]}, "edits need the bank"),
-    "edits of another batch": (
-        {"bank": case()[1], "edits": case(Edit(0), B=2)[2]},
-        "edits are for 2 rows, x has 1",
+    "tables without a bank": ({"tables": case(Move(0))[2]}, "tables need the bank"),
+    "tables of another batch": (
+        {"bank": case()[1], "tables": case(Move(0), B=2)[2]},
+        "tables are for 2 rows, x has 1",
     ),
-    "empty edits of another batch": (
-        {"bank": case()[1], "edits": case(B=2)[2]},
-        "edits are for 2 rows, x has 1",
+    "empty tables of another batch": (
+        {"bank": case()[1], "tables": case(B=2)[2]},
+        "tables are for 2 rows, x has 1",
     ),
 }
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import VARIANTS
 from dispatch import Calls, Tape
-from tinysteer_kernels import PADDING, attention, edits, fusing, gating, residual
+from tinysteer_kernels import PADDING, devices, residual, steering
+from tinysteer_kernels.decode import attention, gating, use_kernels
 from tinysteer_kernels.devices import HAS_TRITON
 
 import tinysteer as ts
@@ -187,8 +189,8 @@ def test_a_slider_of_weights_needs_one_graph(taped):
     assert taped.steps.captured == 1
 
 
-def test_a_slider_of_numbers_alone_sends_those(taped, monkeypatch):
-    """Weights, targets, bounds and windows, of rows that differ: no table is compiled anew."""
+def test_a_slider_of_numbers_alone_sends_tables_alone(taped, monkeypatch):
+    """Weights, targets, bounds and windows, of rows that differ: directions are sent once."""
     v, w, *_ = vectors(taped)
 
     def slider(n):
@@ -200,11 +202,11 @@ def test_a_slider_of_numbers_alone_sends_those(taped, monkeypatch):
     limits = {"max_new_tokens": 10}
     text = complete(taped, slider, graph=False, **limits)
     assert text != complete(taped, slider(0), graph=False, **limits)
-    compiled, compile_ = [], batch.kernels.compile_edits
-    told = lambda *arguments: compiled.append(1) or compile_(*arguments)  # noqa: E731
-    monkeypatch.setattr(batch.kernels, "compile_edits", told)
+    sent, send = [], batch.send
+    monkeypatch.setattr(batch, "send", lambda x, y: sent.append(tuple(x.shape)) or send(x, y))
     assert complete(taped, slider, **limits) == text
-    assert len(compiled) == 3 + 1  # each steered layer once, and an empty table
+    n_layers, dim = taped.config.n_layers, taped.config.dim
+    assert sent == [(3, dim)] + 10 * [(n_layers, 6, 7 + 4, 4)]
 
 
 def test_a_slider_may_outgrow_its_tables(taped):
@@ -463,11 +465,9 @@ def test_a_step_allocates_nothing_that_grows(model):
 
 
 def on_a_gpu(monkeypatch):
-    """Have the ops called and the kernels launched, as on a GPU."""
-    for module in (attention, edits, gating, residual):
-        monkeypatch.setattr(module, "as_op", lambda *_: True, raising=False)
-        monkeypatch.setattr(module, "serves", lambda _: True, raising=False)
-    monkeypatch.setattr(residual, "fits", lambda _: True)
+    """Have the kernels launched, as on a GPU."""
+    for module in (attention, steering, gating):
+        monkeypatch.setattr(module, "serves", lambda *_: True)
 
 
 @needs_triton
@@ -507,13 +507,13 @@ def test_a_layer_is_nine_launches_at_most(pair, monkeypatch):
         (residual, "add_steer_norm_kernel"),
     ):
         monkeypatch.setattr(module, name, Kernel())
-    steering = [v.at(L).add(1.0) for L in range(len(ours.config.layers)) for v in vectors(ours)]
+    steered = [v.at(L).add(1.0) for L in range(len(ours.config.layers)) for v in vectors(ours)]
     counts = []
     for n in (2, ours.config.n_layers):
         layers = ours.config.layers[-1:] * n
         decoder = Decoder(dataclasses.replace(ours.config, layers=layers)).requires_grad_(False)
         cache = Cache(decoder, torch.zeros(1, dtype=torch.long), 1, 512)
-        steer = seam([[edit for edit in steering if edit.layer < n]])
+        steer = seam([[edit for edit in steered if edit.layer < n]])
         with Calls() as calls:
             decoder(torch.zeros(1, 1, dtype=torch.long), cache, steer)
         counts.append(sum(map(launches, calls.names)))
@@ -526,12 +526,10 @@ def launches(name: str) -> int:
     return 2 if "attend" in name else int(not re.fullmatch(rf"aten\.({views})\.\w+", name))
 
 
-@needs_triton
-def test_formulas_can_be_asked_for():
-    class OnAGpu:
-        is_cuda = True
-
-    assert edits.serves(OnAGpu())
-    with fusing(False):
-        assert not edits.serves(OnAGpu())
-    assert edits.serves(OnAGpu())
+def test_formulas_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(devices, "capable", lambda _: True)
+    on_a_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
+    assert devices.serves(on_a_gpu)
+    with use_kernels(False):
+        assert not devices.serves(on_a_gpu)
+    assert devices.serves(on_a_gpu)

@@ -46,9 +46,8 @@ def use_kernels(on: bool) -> Iterator[None]:
 
 def serves(x: Tensor, *others) -> bool:
     """Whether a kernel can run on x. The formulas always can, and are what autograd follows."""
-    if not (x.is_cuda and HAS_TRITON and KERNELS.get()) or wants_gradient(x, *others):
-        return False
-    return capable(x.device.index)
+    wanted = x.is_cuda and not wants_gradient(x, *others) and KERNELS.get()
+    return wanted and capable(x.device.index)
 
 
 def wants_gradient(*arguments) -> bool:
@@ -58,12 +57,14 @@ def wants_gradient(*arguments) -> bool:
 
 @functools.cache
 def capable(device: int) -> bool:
-    """Whether a GPU runs the kernels. Says so, once, where it does not."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
-        warnings.warn(f"{name} runs no kernels, which need 8.0: formulas serve", stacklevel=4)
-    return capability >= (8, 0)
+    """Whether a GPU can run the kernels. Says once what is missing."""
+    need = 'Triton, which is not installed here: on Linux, pip install "tinysteer[gpu]"'
+    if HAS_TRITON:
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return True
+        need = f"a compute capability of 8.0, which {torch.cuda.get_device_name(device)} has not"
+    warnings.warn(f"the kernels need {need}. PyTorch's formulas serve, slower", stacklevel=3)
+    return False
 
 
 def on_its_device(x: Tensor) -> AbstractContextManager:

@@ -24,8 +24,6 @@ from .devices import in_full, on_its_device, op, tl, traced, triton
 from .steering import acting, fits, moved_by, place, standing, steer_reference, steer_tiling
 from .tables import PADDING, MoveTables
 
-# The formula.
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x (..., D), weight (D,) -> x / rms(x) * (offset + weight), rounded as its family does."""
@@ -45,9 +43,6 @@ def add_steer_norm_reference(
     if tables is not None:
         steer_reference(x, bank, tables, position, slot)
     return x, rms_norm(x, weight, eps, offset)
-
-
-# The kernel.
 
 
 @triton.jit
@@ -116,9 +111,6 @@ def add_steer_norm_kernel(
     tl.store(y_out_ptr + out, normed(h, weight, eps, D, OFFSET, dtype), mask=inside)
 
 
-# The op and its launcher.
-
-
 def add_steer_norm(
     x: Tensor,
     delta: Tensor,
@@ -148,7 +140,7 @@ def add_steer_norm(
     if tables is None or not tables.packed.shape[2]:
         bank = packed = position = slot = None
     else:
-        bank, packed = bank.detach(), tables.packed
+        packed, bank = tables.packed, bank.detach() if bank.requires_grad else bank
         position = None if position is None else position.contiguous()
     arguments = x, delta, weight, eps, offset, post_weight, bank, packed, position, slot
     return (add_steer_norm_op if traced(*arguments) else add_steer_norm_run)(*arguments)

@@ -23,9 +23,6 @@ from .tables import PADDING, MoveTables
 MAX_D = 16384  # a program holds whole positions in registers
 
 
-# The formula.
-
-
 def steer_reference(
     x: Tensor, bank: Tensor, tables: MoveTables, position: Tensor | None, slot: Tensor | None
 ) -> Tensor:
@@ -64,9 +61,6 @@ def moves_of(h: Tensor, u: Tensor, tables: MoveTables, position: Tensor | None) 
     return d
 
 
-# The kernel.
-
-
 @triton.jit
 def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """This program's row, positions t (BLOCK_T,), columns (BLOCK_D,), and which of those exist."""
@@ -100,7 +94,7 @@ def line(tables_ptr, entry, i, K):
 def acting(tables_ptr, at, entry, k0, K, BLOCK_K: tl.constexpr):
     """Of the moves from k0 on: directions (BLOCK_K,), which act at `at`, and if any projects."""
     k = k0 + tl.arange(0, BLOCK_K)
-    some = (k < K) & (entry >= 0)
+    some = tl.where(entry >= 0, k < K, False)
     index = tl.load(line(tables_ptr, entry, 0, K) + k, mask=some, other=-1)
     first = tl.load(line(tables_ptr, entry, 5, K) + k, mask=some, other=0)
     last = tl.load(line(tables_ptr, entry, 6, K) + k, mask=some, other=-1)
@@ -193,9 +187,6 @@ def steer_kernel(
     tl.store(x_ptr, h, mask=inside & moved[:, None])  # the one rounding
 
 
-# The op and its launcher.
-
-
 def steer(
     x: Tensor,
     bank: Tensor,
@@ -224,8 +215,9 @@ def steer(
         raise ValueError(f"x has strides {x.stride()}: it cannot be written where rows overlap")
     check_steering(x, bank, tables, position, slot)
     if tables.packed.shape[2]:
+        bank = bank.detach() if bank.requires_grad else bank
         position = None if position is None else position.contiguous()
-        arguments = x, bank.detach(), tables.packed, position, slot
+        arguments = x, bank, tables.packed, position, slot
         (steer_op if traced(*arguments) else steer_run)(*arguments)
     return x
 

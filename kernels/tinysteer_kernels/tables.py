@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 PADDING = -(2**31)  # the position of a column that holds no token: no move reaches it
 ALWAYS = (PADDING + 1, 2**31 - 1)  # first and last of a move that acts everywhere
-AT_ONCE = 2**24  # numbers of directions that a product of many rows' holds, 128 MB
+AT_ONCE = 2**20  # numbers of directions multiplied at once: 16 MB
 
 
 class Move(NamedTuple):
@@ -93,7 +93,8 @@ class MoveTables:
         return MoveTables(packed)
 
 
-# To torch.export and torch.func, tables are the tensor they hold.
+# To torch.export and torch.func, tables are the tensor they hold; a saved export may hold some.
+torch.serialization.add_safe_globals([MoveTables])
 pytree.register_pytree_node(
     MoveTables,
     lambda tables: ([tables.packed], None),
@@ -120,6 +121,7 @@ def compile_moves(
     """
     if bank.ndim != 2:
         raise ValueError(f"the bank is {tuple(bank.shape)}: give (directions, width)")
+    rows = list(rows)
     distinct = {id(row): row for row in rows}
     if any(isinstance(row, Move) or not isinstance(row, Sequence) for row in distinct.values()):
         raise ValueError("rows is a list of lists: for each row of x its moves, in order")
@@ -140,7 +142,8 @@ def compile_moves(
     packed = bits(checked([Move()], 0)).view(FIELDS, 1).expand(FIELDS, K)
     packed = torch.cat((packed, packed.new_zeros(K, K))).repeat(L * R, 1, 1)
     packed[row, :FIELDS, k] = bits(table)
-    fill_gram(packed, bank, table[:, 0].long(), table[:, 2] != 0)
+    check_lengths(bank, table[:, 0].long(), table[:, 2] != 0)
+    fill_gram(packed, bank)
     packed = packed.view(L, R, FIELDS + K, K)
     if len(rows) > R:
         order = {key: r for r, key in enumerate(distinct)}
@@ -156,42 +159,34 @@ def bits(table: Tensor) -> Tensor:
     return result
 
 
-def fill_gram(packed: Tensor, bank: Tensor, index: Tensor, projected: Tensor) -> None:
-    """Write the rows' Gram matrices, of directions that are checked for what moves ask of them.
+def check_lengths(bank: Tensor, index: Tensor, projected: Tensor) -> None:
+    """ValueError for a direction that is not finite, or not of length 1 where it is projected on.
 
-    index (n,) of every move's direction; projected (n,) bool, whether it reads its projection.
+    index (n,) of every move's direction; projected (n,) bool, whether the move reads it so.
     """
     named = torch.zeros(2, len(bank) + 1, dtype=torch.bool, device="cpu")  # the last: no move
     named[0, index] = True
     named[1, index[projected]] = True
     names = named[0, :-1].nonzero()[:, 0]
-    directions = bank[names.to(bank.device)].cpu()
-    check_lengths(directions, names.tolist(), named[1, names].tolist())
-    place = torch.full((len(bank) + 1,), len(names), device="cpu")  # the last: zeros
-    place[names] = torch.arange(len(names), device="cpu")
-    used = place[packed[:, 0].long()]  # (rows, K)
-    several = (used < len(names)).sum(-1) > 1  # a single move asks for no dot products
-    groups, group = used[several].unique(dim=0, return_inverse=True)
-    if not len(groups):
-        return
-    directions = torch.cat((directions, directions.new_zeros(1, bank.shape[1])))
-    n = max(AT_ONCE // (groups.shape[1] * bank.shape[1]), 1)
-    u = (directions[part].double() for part in groups.split(n))
-    gram = torch.cat([(u @ u.mT).float() for u in u])
-    packed.view(torch.float32)[several.nonzero()[:, 0], FIELDS:] = gram[group]
+    lengths = torch.linalg.vector_norm(bank[names.to(bank.device)], dim=-1, dtype=torch.double)
+    reads = named[1, names].tolist()
+    for i, length, read in zip(names.tolist(), lengths.tolist(), reads, strict=True):
+        if not length < inf:
+            raise ValueError(f"direction {i} of the bank is not finite")
+        if read and abs(length - 1) > 0.01:
+            raise ValueError(f"direction {i} of the bank has length {length:.4g}: make it 1")
 
 
-def check_lengths(directions: Tensor, names: Sequence[int], projected: Sequence[bool]) -> None:
-    """ValueError for directions that are not finite, or not of length 1 where one is projected on.
-
-    names: the directions' places in the bank.
-    """
-    lengths = torch.linalg.vector_norm(directions, dim=-1, dtype=torch.float64).tolist()
-    for index, size, read in zip(names, lengths, projected, strict=True):
-        if not size < inf:
-            raise ValueError(f"direction {index} of the bank is not finite")
-        if read and abs(size - 1) > 0.01:
-            raise ValueError(f"direction {index} of the bank has length {size:.4g}: make it 1")
+def fill_gram(packed: Tensor, bank: Tensor) -> None:
+    """Write the Gram matrix of every row: each pair of directions is multiplied once."""
+    index, N = packed[:, 0].long(), max(len(bank), 1)
+    several = ((index >= 0).sum(-1) > 1).nonzero()[:, 0]  # one move asks for no dot products
+    i, j = index[several, :, None], index[several, None]
+    pairs, of = (torch.minimum(i, j) * N + torch.maximum(i, j)).unique(return_inverse=True)
+    parts = pairs.clamp(min=0).to(bank.device).split(max(AT_ONCE // max(bank.shape[1], 1), 1))
+    dots = [torch.linalg.vecdot(*(bank[n].double() for n in (p // N, p % N))) for p in parts]
+    dots = torch.cat(dots).float().cpu().where(pairs >= 0, 0.0)  # below 0: with a slot of no move
+    packed.view(torch.float32)[several, FIELDS:] = dots[of]
 
 
 def checked(moves: Sequence[Move], n_directions: int) -> Tensor:
@@ -208,7 +203,10 @@ def checked(moves: Sequence[Move], n_directions: int) -> Tensor:
     table = values[:-1].view(-1, FIELDS)
     index, bias, slope, low, high, first, last = table.T
     for fine, what in (
-        ((index >= -1) & (index < n_directions), "names no direction of a bank of {}"),
+        (
+            (index >= -1) & (index < n_directions) & (index % 1 == 0),
+            "names no direction of a bank of {}",
+        ),
         ((first > PADDING) & (first <= last) & (last <= ALWAYS[1]), "acts at no int32 positions"),
         ((bias.abs() < inf) & (slope.abs() < inf), "has a bias or slope that is not finite"),
         (low <= high, "has low above high"),

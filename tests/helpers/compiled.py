@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=0 python tests/helpers/compiled.py 90
 
-prints a JSON object, variant -> what `machine_code` counts, for compute capability 9.0.
+prints a JSON object, variant -> what `machine_code` counts and which optional arguments were given,
+for compute capability 9.0.
 """
 
 import collections
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 import triton
-from tinysteer_kernels import Edit, Edits, View, attention, compile_edits, gating, residual
-from tinysteer_kernels import edits as editing
+from tinysteer_kernels import Move, compile_moves, residual, steering
+from tinysteer_kernels.decode import View, attention, gating
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,7 +32,8 @@ TYPES = {
 BF16, FP32 = torch.bfloat16, torch.float32
 ONE, MANY = 1, 64  # positions: decoding, and a prefill
 
-# op, positions, width, edits, type of x, of the bank, Gemma's post-norm
+# op, positions, width, moves, type of x, of the bank, Gemma's post-norm, and what is left out or
+# given besides: by default a position is given, a slot is not
 VARIANTS = {
     "steer, decode": ("steer", ONE, 4096, 4, BF16, BF16, False),
     "steer, decode, one edit": ("steer", ONE, 2048, 1, BF16, BF16, False),
@@ -49,9 +51,21 @@ VARIANTS = {
     "fused, decode, widest float32": ("fused", ONE, 16384, 4, FP32, FP32, False),
     "fused, decode, precise bank": ("fused", ONE, 4096, 4, BF16, FP32, True),
     "fused, prefill, widest float32": ("fused", MANY, 16384, 4, FP32, FP32, False),
-    "fused, decode, no edits": ("fused", ONE, 4096, 0, BF16, BF16, False),
+    "fused, decode, no moves": ("fused", ONE, 4096, 0, BF16, BF16, False),
     "fused, prefill": ("fused", MANY, 4096, 4, BF16, BF16, False),
     "fused, prefill, post-norm": ("fused", MANY, 2048, 4, BF16, BF16, True),
+    "steer, decode, no position": ("steer", ONE, 4096, 4, BF16, BF16, False, {"position": False}),
+    "steer, prefill, no position": ("steer", MANY, 4096, 4, BF16, BF16, False, {"position": False}),
+    "steer, decode, slot": ("steer", ONE, 4096, 4, BF16, BF16, False, {"slot": True}),
+    "steer, prefill, slot": ("steer", MANY, 4096, 16, BF16, BF16, False, {"slot": True}),
+    "fused, decode, no position": ("fused", ONE, 4096, 4, BF16, BF16, True, {"position": False}),
+    "fused, prefill, no position": ("fused", MANY, 4096, 4, BF16, BF16, False, {"position": False}),
+    "fused, decode, slot": ("fused", ONE, 4096, 4, BF16, BF16, False, {"slot": True}),
+    "fused, decode, slot alone": (
+        ("fused", ONE, 4096, 4, BF16, BF16, True, {"slot": True, "position": False})
+    ),
+    "fused, prefill, slot": ("fused", MANY, 4096, 4, BF16, BF16, False, {"slot": True}),
+    "fused, decode, no moves, post-norm": ("fused", ONE, 4096, 0, BF16, BF16, True),
 }
 # rows, query heads, key heads, columns, head_dim, type, norms of the heads, cap of the scores
 ATTENTION = {
@@ -60,6 +74,7 @@ ATTENTION = {
     "attend, Gemma 3": (1, 4, 1, 4096, 256, BF16, True, None),
     "attend, Phi-3 mini": (64, 32, 32, 4096, 96, torch.float16, False, None),
     "attend, float32": (1, 9, 3, 1024, 64, FP32, False, None),
+    "attend, all at once": (1, 8, 4, 4096, 256, BF16, True, 50.0),
 }
 COMBINING = {  # as many shares as there may be, and heads as wide as there are
     "combine, Llama 3.1": ATTENTION["attend, Llama 3.1"],
@@ -87,8 +102,6 @@ class Recorder:
 
 def describe(value):
     """An argument's type as Triton writes it; None, and a size of 1, are constants to it."""
-    if isinstance(value, Edits):
-        return Edits(*map(describe, value))
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     if isinstance(value, float):
@@ -107,9 +120,6 @@ def compile_as_launched(recorder: Recorder, capability: int):
         signature[name] = "constexpr" if name in constexprs else describe(value)
         if signature[name] == "constexpr":
             constants[(i,)] = value
-        elif isinstance(value, Edits):
-            aligned += [(i, j) for j in range(len(value))]
-            names += [f"*edits.{field}" for field in value._fields]
         else:
             names.append(f"*{name[:-4]}" if isinstance(value, torch.Tensor) else name)  # no _ptr
             if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
@@ -121,20 +131,23 @@ def compile_as_launched(recorder: Recorder, capability: int):
     return kernel, names
 
 
-def record(op, T, D, K, dtype, bank_dtype, post_norm) -> Recorder:
+def record(op, T, D, K, dtype, bank_dtype, post_norm, given=None) -> Recorder:
     """Launch an op on empty tensors with the kernel replaced."""
+    given = {"position": True, "slot": False} | (given or {})
     x = torch.empty(2, T, D, dtype=dtype)
     bank = torch.eye(1, D, dtype=bank_dtype)
-    edits = compile_edits(bank, [[Edit(0, bias=1.0)] * K] * 2)
-    position = torch.zeros(2, T, dtype=torch.int32)
+    tables = compile_moves(bank, [[Move(0, bias=1.0)] * K] * 2)
+    position = torch.zeros(2, T, dtype=torch.int32) if given["position"] else None
+    slot = torch.zeros(2, dtype=torch.int32) if given["slot"] else None
     if op == "steer":
-        editing.steer_kernel = recorder = Recorder(STEER)
-        editing.launch(x, bank, edits, position)
+        steering.steer_kernel = recorder = Recorder(STEER)
+        steering.steer_launch(x, bank, tables, position, slot)
     else:
         residual.add_steer_norm_kernel = recorder = Recorder(FUSED)
         weight, post = x[0, 0].clone(), x[0, 0].clone() if post_norm else None
-        steering = (bank, edits, position) if K else (None, None, None)
-        residual.launch(x, x.clone(), weight, 1e-6, float(post_norm), post, *steering)
+        steered = (bank, tables, position, slot) if K else (None,) * 4
+        offset = float(post_norm)
+        residual.add_steer_norm_launch(x, x.clone(), weight, 1e-6, offset, post, *steered)
     return recorder
 
 
@@ -149,17 +162,17 @@ def record_attention(B, H, G, S, D, dtype, qk_norm, cap) -> tuple[Recorder, Reco
     view = View(cos, cos, column, column, S)
     weight = cos[0, 0, 0] if qk_norm else None
     traits = attention.Traits(0.1, cap, weight, weight, 1e-6, float(qk_norm))
-    attention.launch(qkv, k, k, view, traits)
+    attention.attend_launch(qkv, k, k, view, traits)
     return attention.attend_kernel, attention.combine_kernel
 
 
 def record_gating(activation, dtype) -> Recorder:
     gating.gated_kernel = recorder = Recorder(GATED)
-    gating.launch(torch.empty(2, 1, 2 * 14336, dtype=dtype), activation)
+    gating.gated_launch(torch.empty(2, 1, 2 * 14336, dtype=dtype), activation)
     return recorder
 
 
-STEER, FUSED = editing.steer_kernel, residual.add_steer_norm_kernel
+STEER, FUSED = steering.steer_kernel, residual.add_steer_norm_kernel
 ATTEND, COMBINE = attention.attend_kernel, attention.combine_kernel
 GATED = gating.gated_kernel
 
@@ -219,6 +232,10 @@ def main() -> None:
         kernel, pointers = compile_as_launched(recorder, capability)
         ptx = kernel.asm["ptx"]
         report[name] = machine_code(kernel) | {"loads": load_widths(ptx, pointers)}
+        report[name]["kernel"] = recorder.kernel.__name__
+        arguments = recorder.arguments.items()
+        report[name]["given"] = [name for name, value in arguments if value is not None]
+        report[name]["absent"] = [name for name, value in arguments if value is None]
         report[name]["copies"] = sorted({*re.findall(r"cp\.async\.c\w.*\], (\w+)", ptx)})
     print(json.dumps(report))
 

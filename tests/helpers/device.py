@@ -1,7 +1,7 @@
 """Where tests run: on the CPU, as the oracles do, with kernels in Triton's interpreter.
 
 The kernels' own tests run on a GPU, compiled, by
-TINYSTEER_TEST_DEVICE=cuda pytest tests/test_edits.py tests/test_residual.py tests/test_ops.py
+TINYSTEER_TEST_DEVICE=cuda pytest tests/test_steering.py tests/test_residual.py tests/test_ops.py
 """
 
 import os

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from tinysteer_kernels import fusing
+from tinysteer_kernels.decode import use_kernels
 from torch import Tensor
 
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.model.decoder import Cache, Decoder, Seam, unsteered
-from tinysteer.steering.batch import Fixed, Steering, depth, seam, structure
+from tinysteer.steering.batch import Fixed, alike, depth, direction_key, distinct, seam
 from tinysteer.steering.edits import Edit
 
 NOTHING, BROKEN = -1, -2  # in a token's place: its row is done; its logits are not finite
@@ -130,7 +130,7 @@ class Step:
         self.n, self.fused, self.edits = n, fused, None
         self.sampler = self._sampler(sampler)
         self.steer(edits)
-        with fusing(fused):
+        with use_kernels(fused):
             part, steer = self.cache.part(n), self.seam
             steer = steer.part(n) if isinstance(steer, Fixed) else steer
             x = self.decoder.prefill(tokens.to(self.device), part, steer)
@@ -142,12 +142,8 @@ class Step:
     @on_its_device
     def steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         """Edits for the steps to come, a list a row: other tables' contents, no other graph."""
-        if self.edits is None or edits != self.edits:
-            old = None if self.edits is None else structure(self.edits)
-            if isinstance(getattr(self, "seam", None), Fixed) and structure(edits) == old:
-                self.seam.move(edits)
-            else:
-                self.seam, self.size = self._steering(edits)
+        if self.edits is None or not alike(edits, self.edits):
+            self.seam, self.size = self._steering(edits)
             self.edits = edits
 
     def _steering(self, edits: Sequence[Sequence[Edit]]) -> tuple[Seam, tuple[int, int]]:
@@ -156,12 +152,12 @@ class Step:
         if self.capture is None:
             return seam(edits, self.device, self.dtype), (0, 0)
         capacity, spare = rounded(max(depth(edits), EDITS)), self.rows - len(edits)
-        new = Steering([*edits, *[[]] * spare], dtype=self.dtype, capacity=capacity)
-        size = capacity, rounded(max(len(new.bank), DIRECTIONS))
+        directions = {direction_key(edit.direction) for row in distinct(edits) for edit in row}
+        size = capacity, rounded(max(len(directions), DIRECTIONS))
         if size not in self.steering:
             sizes = self.decoder.config, self.rows, *size
             self.steering[size] = Fixed(*sizes, self.device, self.dtype)
-        self.steering[size].copy_(new)
+        self.steering[size].copy_([*edits, *[[]] * spare])
         return self.steering[size], size
 
     def _sampler(self, new: Sampler | None) -> Sampler | None:
@@ -185,7 +181,7 @@ class Step:
         return None
 
     def _run(self) -> None:
-        with fusing(self.fused):
+        with use_kernels(self.fused):
             self._choose(self.decoder(self.tokens, self.cache, self.seam))
 
     def _choose(self, x: Tensor) -> None:

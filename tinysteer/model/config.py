@@ -31,7 +31,7 @@ class Config:
     context_length: int
     layers: tuple[Layer, ...]
     tied: bool = False  # the head reads the embedding's weight
-    activation: str = "silu"  # a key of tinysteer_kernels.ACTIVATIONS
+    activation: str = "silu"  # a key of tinysteer_kernels.decode.ACTIVATIONS
     attn_bias: bool = False
     mlp_bias: bool = False
     norm_offset: float = 0.0  # Gemma stores its norms' weights less 1

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels import PADDING, View, add_steer_norm, attend, gated, rms_norm
+from tinysteer_kernels import PADDING, add_steer_norm
+from tinysteer_kernels.decode import View, attend, gated, rms_norm
 from torch import Tensor, nn
 
 from tinysteer.model.config import Config, Layer

@@ -31,7 +31,7 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
     if steer is None:
         return [[]] * n_rows
     steer = [steer] if isinstance(steer, Edit | Direction | SteeringVector) else steer
-    for row in steer if isinstance(steer, Sequence) else [steer]:
+    for row in distinct(steer) if isinstance(steer, Sequence) else [steer]:
         for edit in row if isinstance(row, Sequence) else [row]:
             if isinstance(edit, Direction | SteeringVector):
                 raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add()")
@@ -46,7 +46,20 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
         raise ValueError("steer has edits and lists of edits: give each prompt a list, or all one")
     if len(steer) != n_rows:
         raise ValueError(f"steer has {len(steer)} lists of edits for {n_rows} prompts")
-    return [list(row) for row in steer]
+    copies = [list(row) for row in distinct(steer)]  # rows that share a list go on sharing one
+    of = {id(row): copy for row, copy in zip(distinct(steer), copies, strict=True)}
+    return [of[id(row)] for row in steer]
+
+
+def distinct(rows: Sequence) -> list:
+    """Each list of edits once: rows may share one."""
+    return list({id(row): row for row in rows}.values())
+
+
+def alike(a: Sequence[Sequence[Edit]], b: Sequence[Sequence[Edit]]) -> bool:
+    """Whether rows have equal edits, each pair of lists compared once."""
+    pairs = {(id(x), id(y)): (x, y) for x, y in zip(a, b, strict=True)}
+    return all(x == y for x, y in pairs.values())
 
 
 def check_fit(
@@ -58,7 +71,8 @@ def check_fit(
     for another model of the same shape, which may well do something there (paper: cross-model).
     """
     here = Origin("", model, revision, n_layers)
-    for edit in (edit for row in rows for edit in row):
+    edits = [edit for row in distinct(rows) for edit in row]
+    for edit in edits:
         origin = edit.origin or here
         maker = f"it was made for {origin.model or 'another model'}"
         if edit.direction.shape != (dim,):
@@ -70,7 +84,7 @@ def check_fit(
             raise ValueError(
                 f"the vector has {origin.n_layers} layers, this model {n_layers}: {maker}"
             )
-    origins = {edit.origin for row in rows for edit in row} - {None}
+    origins = {edit.origin for edit in edits} - {None}
     others = {o.made_for for o in origins if differ(o, here)}
     for other in sorted(others):
         warnings.warn(
@@ -100,7 +114,7 @@ class Steering:
     """The edits of a batch, ready to be a decoder's seam: tables of the layers that have any."""
 
     bank: Tensor  # (N, D) in the model's type, the directions that the tables name
-    tables: dict[int, kernels.Edits]
+    tables: dict[int, kernels.MoveTables]
 
     def __init__(
         self,
@@ -109,22 +123,12 @@ class Steering:
         dtype: torch.dtype = torch.float32,
         capacity: int = 0,
     ):
-        distinct = {id(row): row for row in rows}  # rows may share one list
-        edits = [edit for row in distinct.values() for edit in row]
-        unique = {place_of(edit): edit.direction for edit in edits}
-        index = {key: i for i, key in enumerate(unique)}
-        bank = torch.stack([u.to("cpu", dtype) for u in unique.values()] or [torch.zeros(0)])
-        moves: dict[int, dict[int, list[kernels.Edit]]] = {}  # layer, id of a row
-        for key, row in distinct.items():
-            for edit in row:
-                move = edit.move._replace(index=index[place_of(edit)])
-                moves.setdefault(edit.layer, {}).setdefault(key, []).append(move)
-        none: list[kernels.Edit] = []
-        self.bank, self.tables = bank.to(device), {}
-        for layer, by_row in moves.items():
-            each = [by_row.get(id(row), none) for row in rows]
-            tables = kernels.compile_edits(bank, each, capacity)
-            self.tables[layer] = kernels.Edits(*(table.to(device) for table in tables))
+        named, directions = with_names(rows, {})
+        layers = {layer for row in distinct(named) for layer, _ in row}
+        bank = stacked(directions, dtype)
+        tables = kernels.compile_moves(bank, named, capacity, max(layers, default=-1) + 1)
+        self.bank, stack = bank.to(device), kernels.MoveTables(tables.packed.to(device))
+        self.tables = {layer: stack[layer] for layer in sorted(layers)}
 
     def __call__(
         self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
@@ -132,7 +136,7 @@ class Steering:
         if layer not in self.tables:
             return add(x, delta, norms)
         tables = self.tables[layer]
-        return add(x, delta, norms, bank=self.bank, edits=tables, position=position)
+        return add(x, delta, norms, bank=self.bank, tables=tables, position=position)
 
 
 class Fixed(Steering):
@@ -148,57 +152,72 @@ class Fixed(Steering):
         dtype: torch.dtype,
     ):
         self.bank = torch.zeros(n_directions, config.dim, device=device, dtype=dtype)
-        self.blank = kernels.compile_edits(self.bank[:0].cpu(), [[]] * n_rows, capacity)
-        self.stack = kernels.Edits(
-            *(torch.stack([table] * config.n_layers).to(device) for table in self.blank)
-        )
-        layers = range(config.n_layers)
-        self.tables = {L: kernels.Edits(*(table[L] for table in self.stack)) for L in layers}
+        self.mirror = torch.zeros_like(self.bank, device="cpu")  # of the bank, for the host to read
+        self.capacity, self.n_layers = capacity, config.n_layers
+        self.index: dict[tuple, int] = {}  # of the directions that the bank holds
+        self.kept: list[Tensor] = []  # those directions, lest another take their memory
+        blank = self._compiled([[]] * n_rows)
+        self.stack = kernels.MoveTables(blank.packed.to(device))
+        self.tables = {layer: self.stack[layer] for layer in range(config.n_layers)}
 
-    def copy_(self, other: Steering) -> "Fixed":
-        """Take other's edits: of as many rows and the same capacity, made on the host."""
-        each = [other.tables.get(L, self.blank) for L in self.tables]
-        for mine, *theirs in zip(self.stack, *each, strict=True):
-            send(torch.stack(theirs), mine)
-        send(other.bank, self.bank[: len(other.bank)])
+    def copy_(self, rows: Sequence[Sequence[Edit]]) -> "Fixed":
+        """Take other edits, as many rows. Directions that are in the bank are not sent again."""
+        named, new = with_names(rows, self.index)
+        if len(self.index) > len(self.bank):
+            self._forget()
+            named, new = with_names(rows, self.index)
+        if new:
+            part = slice(len(self.kept), len(self.index))
+            self.kept += new
+            self.mirror[part] = stacked(new, self.mirror.dtype)
+            send(self.mirror[part], self.bank[part])
+        send(self._compiled(named).packed, self.stack.packed)
+        if any(direction.is_inference() for direction in self.kept):
+            self._forget()  # nothing tells when one of those is changed in place
         return self
 
-    def move(self, rows: Sequence[Sequence[Edit]]) -> None:
-        """Take other numbers for the edits that are there: same rows, layers and directions."""
-        names = ("bias", "slope", "low", "high", "first", "last")
-        tables = [getattr(self.blank, name).expand(len(self.tables), -1, -1) for name in names]
-        tables = [table.clone() for table in tables]
-        places, moves = [], []
-        for b, row in enumerate(rows):
-            slots: Counter[int] = Counter()
-            for edit in row:
-                places.append((edit.layer, b, slots[edit.layer]))
-                moves.append([getattr(edit.move, name) for name in names])
-                slots[edit.layer] += 1
-        layer, b, k = torch.tensor(places).T
-        columns = torch.tensor(moves, dtype=torch.float64).T  # int32 and float32 alike fit
-        for name, table, column in zip(names, tables, columns, strict=True):
-            table[layer, b, k] = column.to(table.dtype)
-            send(table, getattr(self.stack, name))
+    def _compiled(self, named: Sequence[Sequence[tuple[int, kernels.Move]]]) -> kernels.MoveTables:
+        bank = self.mirror[: len(self.kept)]
+        return kernels.compile_moves(bank, named, self.capacity, self.n_layers)
+
+    def _forget(self) -> None:
+        self.index.clear()
+        self.kept.clear()
 
     def part(self, n_rows: int) -> Steering:
         """The edits of the first rows, in the same tables."""
         part = Steering([], self.bank.device)
         part.bank = self.bank
-        part.tables = {
-            L: kernels.Edits(*(x[:n_rows] for x in table)) for L, table in self.tables.items()
-        }
+        tables = self.tables.items()
+        part.tables = {L: kernels.MoveTables(table.packed[:n_rows]) for L, table in tables}
         return part
 
 
-def place_of(edit: Edit) -> tuple:
-    """Where a direction lies in memory: `at` makes another view of it each time."""
-    return edit.direction.data_ptr(), edit.direction.stride()
+def direction_key(direction: Tensor) -> tuple:
+    """Where it lies in memory, and since which change: `at` makes another view of it each time."""
+    version = None if direction.is_inference() else direction._version
+    return direction.data_ptr(), direction.stride(0), version
 
 
-def structure(rows: Sequence[Sequence[Edit]]) -> list:
-    """What of edits is more than numbers: each row's layers and directions, and what they read."""
-    return [[(e.layer, *place_of(e), e.move.slope != 0) for e in row] for row in rows]
+def with_names(
+    rows: Sequence[Sequence[Edit]], index: dict[tuple, int]
+) -> tuple[list[list[tuple[int, kernels.Move]]], list[Tensor]]:
+    """Each row's (layer, move), directions named by `index`; and those that it did not have yet."""
+    named, new = {}, []
+    for row in distinct(rows):
+        named[id(row)] = moves = []
+        for edit in row:
+            place = direction_key(edit.direction)
+            if place not in index:
+                index[place] = len(index)
+                new.append(edit.direction)
+            moves.append((edit.layer, kernels.Move(index[place], *edit.move[1:])))
+    return [named[id(row)] for row in rows], new
+
+
+def stacked(directions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(N, D) on the host."""
+    return torch.stack([u.cpu() for u in directions] or [torch.zeros(0)]).to(dtype)
 
 
 def send(source: Tensor, target: Tensor) -> None:
@@ -210,7 +229,8 @@ def send(source: Tensor, target: Tensor) -> None:
 
 def depth(rows: Sequence[Sequence[Edit]]) -> int:
     """How many edits a row has at one layer, at most."""
-    return max((n for row in rows for n in Counter(e.layer for e in row).values()), default=0)
+    counts = (Counter(edit.layer for edit in row) for row in distinct(rows))
+    return max((n for count in counts for n in count.values()), default=0)
 
 
 def seam(
@@ -239,7 +259,7 @@ class Explaining(Steering):
     ) -> tuple[Tensor, Tensor]:
         if layer in self.tables:
             table = self.tables[layer]
-            u = kernels.directions(self.bank, table)
+            u = kernels.steering.directions_of(self.bank, table)
             h = (x + norms.post(delta)).float()
-            self.d[layer].append(kernels.moves(h, u, table, position))
+            self.d[layer].append(kernels.steering.moves_of(h, u, table, position))
         return super().__call__(x, delta, norms, layer, position)

@@ -8,8 +8,9 @@ import numbers
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import tinysteer_kernels as kernels
 import torch
+from tinysteer_kernels import Move
+from tinysteer_kernels.tables import ALWAYS
 from torch import Tensor
 
 # Half-open windows of positions. Generation begins at the last prompt token, position 0, because
@@ -41,7 +42,7 @@ class Edit:
 
     layer: int
     direction: Tensor = field(repr=False)  # (D,) float32, unit length
-    move: kernels.Edit  # d = clip(bias - slope <h, u>, low, high), and where
+    move: Move  # d = clip(bias - slope <h, u>, low, high), and where
     origin: Origin | None = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -61,7 +62,7 @@ class Edit:
     __hash__ = None
 
     def __repr__(self) -> str:
-        defaults = kernels.Edit._field_defaults
+        defaults = Move._field_defaults
         move = (f"{k}={v:g}" for k, v in self.move._asdict().items() if v != defaults[k])
         vector = f" {self.origin.vector}" if self.origin and self.origin.vector else ""
         return f"<Edit{vector} at layer {self.layer}: {', '.join(move) or 'nothing'}>"
@@ -78,7 +79,7 @@ def window(where: Where) -> dict[str, int]:
             f"where={where!r}: use {', '.join(map(repr, WINDOWS))} or (first, stop), "
             "positions counted from the last prompt token, 0"
         )
-    lowest, highest = kernels.ALWAYS
+    lowest, highest = ALWAYS
     first, stop = bounds
     first = lowest if first is None else max(first, lowest)
     last = highest if stop is None else min(stop - 1, highest)
@@ -162,4 +163,4 @@ class Direction:
         return self._edit(where, bias=alpha * target, slope=alpha, **clip)
 
     def _edit(self, where: Where, **move: float) -> Edit:
-        return Edit(self.layer, self.direction, kernels.Edit(**move, **window(where)), self.origin)
+        return Edit(self.layer, self.direction, Move(**move, **window(where)), self.origin)

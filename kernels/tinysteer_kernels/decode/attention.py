@@ -154,9 +154,6 @@ def combine_kernel(
     tl.store(y_ptr + head * D + column, y, mask=column < D)
 
 
-# The op and its launcher.
-
-
 def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **traits) -> Tensor:
     """qkv (B, T, (H + 2G) head_dim) -> what attention reads, (B, T, H head_dim).
 
@@ -167,8 +164,8 @@ def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **traits) -> Tensor:
     """
     seen = view.cos, view.sin, view.query, view.start, view.reach, view.window
     arguments = qkv, k, v, *seen, *Traits(**traits)
-    one = qkv.is_cuda and qkv.shape[1] == 1  # else formulas serve, which nobody need see as one
-    return (attend_op if one and traced(qkv, k, v) else attend_run)(*arguments)
+    decoding = qkv.shape[1] == 1  # a prompt's formula is PyTorch's operations to anyone
+    return (attend_op if decoding and traced(qkv, k, v) else attend_run)(*arguments)
 
 
 def attend_run(
