@@ -466,7 +466,7 @@ def test_a_step_allocates_nothing_that_grows(model):
 
 def on_a_gpu(monkeypatch):
     """Have the kernels launched, as on a GPU."""
-    for module in (attention, steering, gating):
+    for module in (attention, gating, steering):
         monkeypatch.setattr(module, "serves", lambda *_: True)
 
 

@@ -1,12 +1,7 @@
 """Steering of a residual stream: ordered moves of each row, in one pass.
 
-    naive           the definition
-    tables          moves -> what a kernel reads
-    steering        the op `steer`
-    residual        the op `add_steer_norm`: what surrounds it at a block's end, in the same pass
-    decode          the rest of a decoder's step between its products
-
-Needs torch and nothing of tinysteer.
+naive.py is the definition, decode/ the rest of a decoder's step between its products. Needs torch
+and nothing of tinysteer.
 """
 
 from . import naive

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 try:
     if not (torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ):
@@ -26,12 +27,11 @@ except ImportError:  # or macOS, or Windows
         jit = staticmethod(lambda function: function)
 
     class tl:  # noqa: N801
-        constexpr = None
+        constexpr = int
 
 
 HAS_TRITON = hasattr(triton, "runtime")
 KERNELS: ContextVar[bool] = ContextVar("kernels", default=True)
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @contextmanager
@@ -67,34 +67,29 @@ def capable(device: int) -> bool:
     return False
 
 
-def on_its_device(x: Tensor) -> AbstractContextManager:
-    """In it a launch goes to x's own GPU."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
-
-
-def in_full(x: Tensor) -> AbstractContextManager:
-    """In it autocast keeps away from sums in float32."""
+def as_is(x: Tensor, launched: bool) -> AbstractContextManager:
+    """In it a launch goes to x's own GPU, or autocast keeps away from sums in float32."""
     kind = x.device.type
+    if launched:
+        return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 
 def traced(*arguments) -> bool:
-    """Whether something looks on that must see an op, and not what it does.
-
-    That is torch.compile, fake tensors or another dispatch mode, torch.func, a subclass; not where
-    a gradient is wanted. Nobody else need pay for the dispatcher: it costs more than a launch.
+    """Whether something looks on that must see an op, and not what it does: torch.compile, fake
+    tensors, another dispatch mode, torch.func, a subclass. The dispatcher costs more than a launch.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(isinstance(t, Tensor) and type(t) not in PLAIN for t in arguments)
+        or any(isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) for t in arguments)
     ) and not wants_gradient(*arguments)
 
 
-def op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+def op(name: str, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     """A function as an op of PyTorch's, under its name and this package's.
 
     Another copy of the package has ops of its own, one below another package too.
@@ -108,8 +103,9 @@ def op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]
 
     def register(function: Callable) -> Callable:
         namespace = __package__.replace(".", "_")
-        registered = torch.library.custom_op(f"{namespace}::{name}", mutates_args=mutates)(function)
-        registered.register_vmap(refuse)
-        return registered
+        made = torch.library.custom_op(f"{namespace}::{name}", mutates_args=mutates)(function)
+        made.register_fake(fake)
+        made.register_vmap(refuse)
+        return made
 
     return register

@@ -19,10 +19,10 @@ bit, y but for sums of squares in another order.
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_steering, check_surroundings
-from .devices import in_full, on_its_device, op, tl, traced, triton
-from .steering import acting, fits, moved_by, place, standing, steer_reference, steer_tiling
-from .tables import PADDING, MoveTables
+from .checks import check_surroundings
+from .devices import as_is, op, tl, traced, triton
+from .steering import acting, fits, moved_by, place, prepared, stands, steer_reference, steer_tiling
+from .tables import MoveTables
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -86,13 +86,12 @@ def add_steer_norm_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PADDING: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     K = k_blocks * BLOCK_K
     row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
     if tables_ptr is not None:
-        at, entry = standing(position_ptr, slot_ptr, row, t, T, PADDING)
+        at, entry = stands(position_ptr, slot_ptr, row, t, T)
         now = acting(tables_ptr, at, entry, 0, K, BLOCK_K)
     x_ptr += row * x_stride_b + t[:, None] * x_stride_t + column[None, :]
     delta_ptr += row * delta_stride_b + t[:, None] * delta_stride_t + column[None, :]
@@ -133,16 +132,10 @@ def add_steer_norm(
     On a GPU one launch, as fit for CUDA graphs as `steer`.
     """
     check_surroundings(x, delta, weight, post_weight)
-    if tables is not None:
-        if bank is None:
-            raise ValueError("tables need the bank of directions that they name")
-        check_steering(x, bank, tables, position, slot)
-    if tables is None or not tables.packed.shape[2]:
-        bank = packed = position = slot = None
-    else:
-        packed, bank = tables.packed, bank.detach() if bank.requires_grad else bank
-        position = None if position is None else position.contiguous()
-    arguments = x, delta, weight, eps, offset, post_weight, bank, packed, position, slot
+    if tables is not None and bank is None:
+        raise ValueError("tables need the bank of directions that they name")
+    steering = (None,) * 4 if tables is None else prepared(x, bank, tables, position, slot)
+    arguments = x, delta, weight, eps, offset, post_weight, *steering
     return (add_steer_norm_op if traced(*arguments) else add_steer_norm_run)(*arguments)
 
 
@@ -160,14 +153,14 @@ def add_steer_norm_run(
 ) -> tuple[Tensor, Tensor]:
     """By the kernel where one can run, else by the formula."""
     launched = fits(x, delta, weight, post_weight)
-    tables = None if packed is None else MoveTables(packed)
-    with on_its_device(x) if launched else in_full(x):
-        run = add_steer_norm_launch if launched else add_steer_norm_reference
-        return run(x, delta, weight, eps, offset, post_weight, bank, tables, position, slot)
+    run = add_steer_norm_launch if launched else add_steer_norm_reference
+    steering = bank, None if packed is None else MoveTables(packed), position, slot
+    with as_is(x, launched):
+        return run(x, delta, weight, eps, offset, post_weight, *steering)
 
 
-add_steer_norm_op = op("add_steer_norm")(add_steer_norm_run)
-add_steer_norm_op.register_fake(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
+two_like = lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape))  # noqa: E731
+add_steer_norm_op = op("add_steer_norm", two_like)(add_steer_norm_run)
 
 
 def add_steer_norm_launch(
@@ -175,9 +168,8 @@ def add_steer_norm_launch(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel: one program for BLOCK_T positions of a row."""
     (B, T, D), packed = x.shape, None if tables is None else tables.packed
-    K = 0 if packed is None else packed.shape[2]
-    sizes = [tensor.itemsize for tensor in (x, bank) if tensor is not None]
-    tile, n_warps = steer_tiling(T, D, K, max(sizes))
+    K, widest = (0, 0) if packed is None else (packed.shape[2], bank.itemsize)
+    tile, n_warps = steer_tiling(T, D, K, max(x.itemsize, widest))
     x_out, y_out = x.new_empty(x.shape), x.new_empty(x.shape)
     add_steer_norm_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
         x_ptr=x,
@@ -200,7 +192,6 @@ def add_steer_norm_launch(
         D=D,
         OFFSET=offset,
         **tile,
-        PADDING=PADDING,
         num_warps=n_warps,
     )
     return x_out, y_out

@@ -1,26 +1,25 @@
 """The op `steer`: x += the moves of its row, in order, in one pass over the residual stream.
 
-B  batch     T  positions     D  model width     K  moves per row     N  directions in the bank
+B  batch    T  positions    D  model width    K  moves per row    N  directions in the bank
 R  rows of the tables
 
 tables.py says what a move is, and why K dot products, a recurrence of K scalars and one weighted
-sum do: with p = U h and G = U U^T the k-th move sees p_k + sum_{j<k} d_j G_kj. Here are, downwards,
-that formula in PyTorch, the kernel, and the op with its launcher.
+sum do. Here are, downwards, that formula in PyTorch, the kernel, and the op with its launcher.
 
 The kernel reads and writes x once and reads each row's directions: in 16 bits 4 B T D + 2 B K D
-bytes at least, where one hook a move takes 4 B T D each. Past a few thousand positions that
-decides; while decoding it is the two reads that wait for each other, of a table and of the
-direction it names.
+bytes at least, where one hook a move takes 4 B T D each. While decoding it is the two reads that
+wait for each other that take the time, of a table and of the direction it names.
 """
 
 import torch
 from torch import Tensor
 
 from .checks import check_steering, check_stream
-from .devices import in_full, on_its_device, op, serves, tl, traced, triton
+from .devices import as_is, op, serves, tl, traced, triton
 from .tables import PADDING, MoveTables
 
 MAX_D = 16384  # a program holds whole positions in registers
+NOWHERE = tl.constexpr(PADDING)
 
 
 def steer_reference(
@@ -72,15 +71,15 @@ def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def standing(position_ptr, slot_ptr, row, t, T, PADDING: tl.constexpr):
+def stands(position_ptr, slot_ptr, row, t, T):
     """Where the program's tokens stand, (BLOCK_T,) int32, and which row of the tables is theirs."""
     entry = row
     if slot_ptr is not None:
         entry = tl.load(slot_ptr + row).to(tl.int64)
     if position_ptr is None:
-        at = tl.where(t < T, 0, PADDING)
+        at = tl.where(t < T, 0, NOWHERE)
     else:
-        at = tl.load(position_ptr + row * T + t, mask=t < T, other=PADDING)
+        at = tl.load(position_ptr + row * T + t, mask=t < T, other=NOWHERE)
     return at, entry
 
 
@@ -110,9 +109,9 @@ def moved_by(h, at, now, entry, column, bank_ptr, tables_ptr, K, D: tl.constexpr
 
     While decoding, several moves of one position share a reduction over D, and the Gram matrix
     tells each what those before it did; in a prefill several positions share the load of one move.
-    So one of BLOCK_T and BLOCK_K is 1, for the sake of registers: a tile is (moves, width) or
-    (positions, width). From block to block h itself carries the moves. `now` is `acting` of the
-    first block, loaded beside h; `ahead` that of the next, loaded while this one is worked on.
+    So a tile is (moves, width) or (positions, width), for the sake of registers. From block to
+    block h itself carries the moves. `now` is `acting` of the first block, loaded beside h; `ahead`
+    that of the next, loaded while this one is worked on.
     """
     index, acts, projects = now
     BLOCK_T: tl.constexpr = h.shape[0]
@@ -175,11 +174,10 @@ def steer_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PADDING: tl.constexpr,
 ):
     K = k_blocks * BLOCK_K  # visibly a multiple: a block of a table is one aligned load
     row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
-    at, entry = standing(position_ptr, slot_ptr, row, t, T, PADDING)
+    at, entry = stands(position_ptr, slot_ptr, row, t, T)
     now = acting(tables_ptr, at, entry, 0, K, BLOCK_K)
     x_ptr += row * stride_b + t[:, None] * stride_t + column[None, :]
     h = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
@@ -196,30 +194,34 @@ def steer(
 ) -> Tensor:
     """Move x (B, T, D) in place and return it.
 
-    bank (N, D) holds unit rows; position (B, T) int32 says where a token stands (see Move); None
-    stands for 0 everywhere, so that windows mean what they mean for the last prompt token. slot
-    (B,) int32 says which of the tables' R rows serves a row of x, below 0 none; None: row b row b,
-    and R is B. Sums in float32 and rounds once. Where no move changes anything x keeps its bits. x
-    is float32, float16 or bfloat16 and may be strided but for D; the bank's type is best x's own.
-    Gradients pass to x, none to the bank. ValueError for sizes, types or devices that do not go
-    together. That slots are below R, and the tables' directions below N, is yours to see to: on a
-    GPU nobody looks, and what lies beyond is read.
+    bank (N, D) holds unit rows; position (B, T) int32 says where a token stands (see Move), None
+    that all stand at 0, as the last prompt token does; slot (B,) int32 which of the tables' R rows
+    serves a row of x, below 0 none, None that row b serves row b. Slots are below R and the tables'
+    directions below N: on a GPU nobody looks. Sums in float32 and rounds once; where nothing moves
+    x keeps its bits. x is float32, float16 or bfloat16 and may be strided but for D; the bank's
+    type is best x's own. Gradients pass to x, none to the bank. ValueError for sizes, types or
+    devices that do not go together.
 
     On a GPU one launch, without host reads and, where position is contiguous, without allocation:
     fit for CUDA graphs, once it has run with the same shapes, strides, types and alignments. What
-    tables and slots hold may then change between replays. Called eagerly, it is the host that takes
-    time: checks and launch cost more than the kernel.
+    tables and slots hold may then change between replays.
     """
     check_stream(x)
     if any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"x has strides {x.stride()}: it cannot be written where rows overlap")
-    check_steering(x, bank, tables, position, slot)
-    if tables.packed.shape[2]:
-        bank = bank.detach() if bank.requires_grad else bank
-        position = None if position is None else position.contiguous()
-        arguments = x, bank, tables.packed, position, slot
-        (steer_op if traced(*arguments) else steer_run)(*arguments)
+    steering = prepared(x, bank, tables, position, slot)
+    if steering[1] is not None:
+        (steer_op if traced(x, *steering) else steer_run)(x, *steering)
     return x
+
+
+def prepared(x: Tensor, bank: Tensor, tables: MoveTables, position, slot) -> tuple:
+    """bank, tables, position, slot: checked, and as an op takes them; without moves all None."""
+    check_steering(x, bank, tables, position, slot)
+    if not tables.packed.shape[2]:
+        return None, None, None, None
+    position = None if position is None else position.contiguous()
+    return bank.detach() if bank.requires_grad else bank, tables.packed, position, slot
 
 
 def steer_run(
@@ -227,13 +229,11 @@ def steer_run(
 ) -> None:
     """By the kernel where one can run, else by the formula."""
     launched = fits(x)
-    with on_its_device(x) if launched else in_full(x):
-        run = steer_launch if launched else steer_reference
-        run(x, bank, MoveTables(packed), position, slot)
+    with as_is(x, launched):
+        (steer_launch if launched else steer_reference)(x, bank, MoveTables(packed), position, slot)
 
 
-steer_op = op("steer", mutates=("x",))(steer_run)
-steer_op.register_fake(lambda x, bank, packed, position, slot: None)
+steer_op = op("steer", lambda *_: None, mutates=("x",))(steer_run)
 
 
 def steer_launch(x, bank, tables: MoveTables, position, slot) -> None:
@@ -252,14 +252,13 @@ def steer_launch(x, bank, tables: MoveTables, position, slot) -> None:
         k_blocks=K // tile["BLOCK_K"],
         D=D,
         **tile,
-        PADDING=PADDING,
         num_warps=n_warps,
     )
 
 
 def fits(x: Tensor, *others) -> bool:
     """Whether the kernels can run on x, whose positions they hold whole."""
-    return x.shape[-1] <= MAX_D and serves(x, *others)
+    return x.shape[2] <= MAX_D and serves(x, *others)
 
 
 def steer_tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:

@@ -62,8 +62,8 @@ def line(field: str) -> property:
 class MoveTables:
     """The moves of R rows, or of R rows in each of several layers: `tables[layer]` is a view.
 
-    Views by name: index, first and last (..., R, K) int32, -1 in `index` where a row has fewer than
-    K moves; bias, slope, low and high float32; gram (..., R, K, K) float32, <u_k, u_j>.
+    Views by name: index (-1: no move), first and last (..., R, K) int32; bias, slope, low and high
+    float32; gram (..., R, K, K) float32, <u_k, u_j>.
     """
 
     packed: Tensor  # (..., R, 7 + K, K) int32, which holds the bits of float32 too
@@ -80,8 +80,7 @@ class MoveTables:
         if self.packed.shape != other.packed.shape:
             old, new = tuple(self.index.shape), tuple(other.index.shape)
             raise ValueError(
-                f"the tables hold {old} rows and moves, the new ones {new}: compile both with the "
-                "same `capacity`"
+                f"tables of {old} rows and moves, {new} new: with the same `capacity`?"
             )
         self.packed.copy_(other.packed, non_blocking=True)
         return self
@@ -111,13 +110,12 @@ def compile_moves(
     """bank (N, D); one list of moves a row -> tables (R, 7 + K, K) on the bank's device.
 
     With n_layers a row is a list of (layer, move), and the tables (n_layers, R, 7 + K, K) are those
-    of all layers, made in one pass. Rows that are one list are compiled once.
-
-    K is the number of moves that a row has at most (in a layer), `capacity` at least, and beyond 2
-    a multiple of 4: the kernel takes 4 at a time. The tables hold the directions' dot products: a
-    bank that changes asks for new ones. ValueError for a direction that the bank has not or that is
-    not finite, for one that is not of unit length where its projection is read, for a layer that is
-    not there and for positions beyond int32.
+    of all layers, made in one pass. Rows that are one list are compiled once. K is the number of
+    moves that a row has at most (in a layer), `capacity` at least, and beyond 2 a multiple of 4:
+    the kernel takes 4 at a time. The tables hold the directions' dot products: a bank that changes
+    asks for new ones. ValueError for a direction that the bank has not or that is not finite, for
+    one that is not of unit length where its projection is read, for a layer that is not there and
+    for positions beyond int32.
     """
     if bank.ndim != 2:
         raise ValueError(f"the bank is {tuple(bank.shape)}: give (directions, width)")
@@ -126,19 +124,20 @@ def compile_moves(
     if any(isinstance(row, Move) or not isinstance(row, Sequence) for row in distinct.values()):
         raise ValueError("rows is a list of lists: for each row of x its moves, in order")
     R, L = len(distinct), 1 if n_layers is None else n_layers
-    moves, places, K = [], [], capacity  # places: a row of a layer, and which of its moves
+    moves, lines, slots, K = [], [], [], capacity  # a move, its row's table, its column there
     for r, row in enumerate(distinct.values()):
         count = [0] * L
         for layer, move in row if n_layers is not None else ((0, move) for move in row):
             if not 0 <= layer < L:
                 raise ValueError(f"a move at layer {layer}: there are layers 0 to {L - 1}")
             moves.append(move)
-            places.append((layer * R + r, count[layer]))
+            lines.append(layer * R + r)
+            slots.append(count[layer])
             count[layer] += 1
         K = max(K, *count, 0)
     K += -K % 4 if K > 2 else 0
     table = checked(moves, len(bank))  # (n, 7) float64
-    row, k = torch.tensor(places, dtype=torch.long, device="cpu").view(-1, 2).T
+    row, k = torch.tensor([lines, slots], dtype=torch.long, device="cpu")
     packed = bits(checked([Move()], 0)).view(FIELDS, 1).expand(FIELDS, K)
     packed = torch.cat((packed, packed.new_zeros(K, K))).repeat(L * R, 1, 1)
     packed[row, :FIELDS, k] = bits(table)
@@ -164,16 +163,12 @@ def check_lengths(bank: Tensor, index: Tensor, projected: Tensor) -> None:
 
     index (n,) of every move's direction; projected (n,) bool, whether the move reads it so.
     """
-    named = torch.zeros(2, len(bank) + 1, dtype=torch.bool, device="cpu")  # the last: no move
-    named[0, index] = True
-    named[1, index[projected]] = True
-    names = named[0, :-1].nonzero()[:, 0]
+    names, reads = index[index >= 0].unique(), set(index[projected].tolist())
     lengths = torch.linalg.vector_norm(bank[names.to(bank.device)], dim=-1, dtype=torch.double)
-    reads = named[1, names].tolist()
-    for i, length, read in zip(names.tolist(), lengths.tolist(), reads, strict=True):
+    for i, length in zip(names.tolist(), lengths.tolist(), strict=True):
         if not length < inf:
             raise ValueError(f"direction {i} of the bank is not finite")
-        if read and abs(length - 1) > 0.01:
+        if i in reads and abs(length - 1) > 0.01:
             raise ValueError(f"direction {i} of the bank has length {length:.4g}: make it 1")
 
 
@@ -195,22 +190,18 @@ def checked(moves: Sequence[Move], n_directions: int) -> Tensor:
         if not isinstance(move, Move):
             raise ValueError(f"{move!r:.60} is no Move(index of a direction, bias, ...)")
     try:
-        values = torch.frombuffer(
-            array("d", [*chain.from_iterable(moves), 0.0]), dtype=torch.double
-        )
+        values = array("d", [*chain.from_iterable(moves), 0.0])
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"a move's fields are numbers of 32 bits: {error}") from error
-    table = values[:-1].view(-1, FIELDS)
+    table = torch.frombuffer(values, dtype=torch.double)[:-1].view(-1, FIELDS)
     index, bias, slope, low, high, first, last = table.T
+    named = (index >= -1) & (index < n_directions) & (index % 1 == 0)
     for fine, what in (
-        (
-            (index >= -1) & (index < n_directions) & (index % 1 == 0),
-            "names no direction of a bank of {}",
-        ),
+        (named, f"names no direction of a bank of {n_directions}"),
         ((first > PADDING) & (first <= last) & (last <= ALWAYS[1]), "acts at no int32 positions"),
         ((bias.abs() < inf) & (slope.abs() < inf), "has a bias or slope that is not finite"),
         (low <= high, "has low above high"),
     ):
         for n in fine.logical_not().nonzero()[:1, 0].tolist():
-            raise ValueError(f"{moves[n]} {what.format(n_directions)}")
+            raise ValueError(f"{moves[n]} {what}")
     return table

@@ -195,8 +195,10 @@ class Fixed(Steering):
 
 def direction_key(direction: Tensor) -> tuple:
     """Where it lies in memory, and since which change: `at` makes another view of it each time."""
-    version = None if direction.is_inference() else direction._version
-    return direction.data_ptr(), direction.stride(0), version
+    try:
+        return direction.data_ptr(), direction.stride(), direction._version
+    except RuntimeError:  # nothing counts the changes of a tensor made in inference_mode
+        return direction.data_ptr(), direction.stride(), None
 
 
 def with_names(

@@ -15,7 +15,7 @@ goes through PyTorch's attention.
 import torch
 from torch import Tensor
 
-from ..devices import on_its_device, op, serves, tl, traced, triton
+from ..devices import as_is, op, serves, tl, traced, triton
 from ..residual import weighted
 from .view import Traits, View, attend_reference
 
@@ -157,10 +157,8 @@ def combine_kernel(
 def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **traits) -> Tensor:
     """qkv (B, T, (H + 2G) head_dim) -> what attention reads, (B, T, H head_dim).
 
-    k, v (B, G, S, head_dim) are one layer's caches, which take the new positions in. traits: the
-    fields of `Traits`, `scale` at least.
-
-    On a GPU decoding is one or two launches without host reads, fit for CUDA graphs.
+    k, v (B, G, S, head_dim) are one layer's caches, which take the new positions in; traits are the
+    fields of `Traits`. On a GPU decoding is one or two launches, fit for CUDA graphs.
     """
     seen = view.cos, view.sin, view.query, view.start, view.reach, view.window
     arguments = qkv, k, v, *seen, *Traits(**traits)
@@ -190,17 +188,15 @@ def attend_run(
     traits = Traits(scale, cap, q_weight, k_weight, eps, offset)
     if qkv.shape[1] > 1 or not serves(qkv):
         return attend_reference(qkv, k, v, view, traits)
-    with on_its_device(qkv):
+    with as_is(qkv, launched=True):
         return attend_launch(qkv, k, v, view, traits)
 
 
-attend_op = op("attend", mutates=("k", "v"))(attend_run)
+def attend_fake(qkv, k, v, *_) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
 
 
-@attend_op.register_fake
-def _(qkv, k, v, *_) -> Tensor:
-    B, T, width = qkv.shape
-    return qkv.new_empty(B, T, width - 2 * k.shape[1] * k.shape[3])
+attend_op = op("attend", attend_fake, mutates=("k", "v"))(attend_run)
 
 
 def attend_launch(qkv: Tensor, k: Tensor, v: Tensor, view: View, traits: Traits) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..devices import on_its_device, op, serves, tl, traced, triton
+from ..devices import as_is, op, serves, tl, traced, triton
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -53,12 +53,11 @@ def gated_run(gate_up: Tensor, activation: str) -> Tensor:
     """By the kernel where it can run, else by the formula."""
     if not serves(gate_up) or not gate_up.is_contiguous():
         return gated_reference(gate_up, activation)
-    with on_its_device(gate_up):
+    with as_is(gate_up, launched=True):
         return gated_launch(gate_up, activation)
 
 
-gated_op = op("gated")(gated_run)
-gated_op.register_fake(lambda x, _: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+gated_op = op("gated", lambda x, _: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))(gated_run)
 
 
 def gated_launch(gate_up: Tensor, activation: str) -> Tensor:

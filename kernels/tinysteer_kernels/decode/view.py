@@ -71,15 +71,14 @@ def attend_reference(
     k_cache.index_copy_(2, view.query, k)
     v_cache.index_copy_(2, view.query, v)
     k, v = k_cache[:, :, : view.reach], v_cache[:, :, : view.reach]
-    if traits.cap is not None or q.is_cuda:  # grouped and masked, PyTorch's holds all the scores
+    mask, scale, cap = view.mask, traits.scale, traits.cap
+    if cap is not None or q.is_cuda:  # grouped and masked, PyTorch's would hold all the scores
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
-    if traits.cap is not None:
-        y = soft_capped(q, k, v, view.mask, traits.scale, traits.cap)
+    if cap is not None:
+        y = soft_capped(q, k, v, mask, scale, cap)
     else:
         with sdpa_kernel(PLANLESS) if q.is_cuda else nullcontext():
-            y = F.scaled_dot_product_attention(
-                q, k, v, view.mask, scale=traits.scale, enable_gqa=True
-            )
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     return y.transpose(1, 2).flatten(2)
 
 
