@@ -1,5 +1,6 @@
 """A model's files: embedded in the package, in a folder, or downloaded into the Hub's own cache."""
 
+import re
 from pathlib import Path
 
 # All that a model needs. Not "*.safetensors": some repositories hold their weights twice.
@@ -30,8 +31,9 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
             kind = "comes with the package" if embedded else "is a folder"
             raise ValueError(f"revision={revision!r} is for Hub ids; {source} {kind}")
         return folder
-    from huggingface_hub import errors, snapshot_download  # 0.2 s that a folder need not pay
+    from huggingface_hub import HfApi, errors, snapshot_download  # 0.2 s that a folder need not pay
 
+    absent = []
     missing = f"there is no folder {source}, and the Hugging Face Hub has no model of that name"
     try:
         found = snapshot_download(
@@ -39,6 +41,8 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
             revision=revision,
             allow_patterns=[*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:2])],
         )
+        if absent := lacking(Path(found), weights):  # without a Hub a cached half passes for all
+            HfApi().model_info(str(source), revision=revision)  # raises if there is no Hub
     except errors.HFValidationError:
         raise FileNotFoundError(
             f"there is no folder {source}, and it is no Hugging Face Hub id (owner/name) either"
@@ -52,12 +56,24 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub") from None
     except (OSError, errors.HTTPError) as error:  # the latter is the HTTP client's own
+        names = f" (it lacks {', '.join(absent)})" if absent else ""
         unreachable = (
-            f"there is no folder {source}, the Hub's cache here does not hold all of that model, "
-            "and the Hub cannot be reached: connect, or pass the folder of a model"
+            f"there is no folder {source}, the Hub's cache here does not hold all of that model"
+            f"{names}, and the Hub cannot be reached: connect, or pass the folder of a model"
         )
         raise what_failed(error, source, unreachable) from None
     return Path(found)
+
+
+def lacking(folder: Path, weights: bool) -> list[str]:
+    """The files that every model has and `folder` has not; shards are those its index names."""
+    needed = ["config.json", "tokenizer.json"]
+    single, index = (folder / file for file in WEIGHTS[:2])
+    if weights and not single.exists():
+        text = index.read_text("utf-8", "replace") if index.exists() else ""
+        shards = {*re.findall(r'"(model-[^"/]*-of-[^"/]*\.safetensors)"', text)}
+        needed += sorted(shards) or [single.name]
+    return [file for file in needed if not (folder / file).exists()]
 
 
 def is_embedded(source: str | Path) -> bool:
