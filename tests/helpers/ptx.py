@@ -9,9 +9,8 @@ Of a block's threads those that are furthest behind take their instruction toget
 follows another. A register is an array: the bits of each thread. In `ld.global.v4.b32` ld chooses
 the function below; the rest are its traits, and the last of them is mostly a type.
 
-What a GPU may let pass is noticed: addresses that are wrong, and races (see ptx_memory.py).
-Not here: what only takes time. Approximate instructions (ex2.approx, div.full, ...) and sums of
-products are rounded once from float64.
+Wrong addresses and races are noticed (see ptx_memory.py). Approximate instructions (ex2.approx,
+div.full, ...) and sums of products are rounded once from float64. Nothing takes time.
 """
 
 import re
