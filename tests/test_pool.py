@@ -139,7 +139,7 @@ class OnAGpu(step.Decoding):
     device = property(lambda self: torch.device("cuda:1"), lambda self, device: None)
 
 
-def test_all_work_is_on_the_pools_stream_which_waits_and_is_waited_for(gpus, model, monkeypatch):
+def test_all_work_is_on_the_pools_stream_which_waits_and_is_waited_for(model, gpus, monkeypatch):
     monkeypatch.setattr(pool, "Decoding", OnAGpu)
     decodings = DecodingPool(model.decoder)
     decodings.capture = decodings.graphs
@@ -211,14 +211,10 @@ def in_capture(model, monkeypatch, times):
 
 
 def in_first_run(model, monkeypatch, times):
-    monkeypatch.setattr(model.decoder, "forward", Scarce(model.decoder.forward, times))
-    monkeypatch.setattr(model.decoder, "prefill", prefill := model.decoder.prefill)
-    scarce = model.decoder.forward
-    whole = scarce.function
-    monkeypatch.setattr(
-        model.decoder, "forward", lambda x, *a: (whole if x.shape[1] > 1 else scarce)(x, *a)
-    )
-    assert prefill
+    whole = model.decoder.forward
+    scarce = Scarce(whole, times)
+    forward = lambda x, *a: (whole if x.shape[1] > 1 else scarce)(x, *a)  # noqa: E731
+    monkeypatch.setattr(model.decoder, "forward", forward)
 
 
 SHORTAGES = {
@@ -229,17 +225,12 @@ SHORTAGES = {
 }
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": [3, 1, 4]}])
 @pytest.mark.parametrize("shortage", SHORTAGES)
-def test_a_shortage_of_memory_clears_the_pool_and_is_tried_again(
-    shortage, sampling, model, monkeypatch
-):
-    if shortage == "in the first draws" and not sampling:
-        pytest.skip("nothing is drawn")
-    options = OPTIONS | sampling
+def test_a_shortage_of_memory_clears_the_pool_and_is_tried_again(shortage, model, monkeypatch):
+    options = OPTIONS | {"temperature": 1.5, "seed": [3, 1, 4]}
     text = model.complete(PROMPTS, **options)
     model.pool = DecodingPool(model.decoder, capture=Tape)
-    model.complete(PROMPTS[:1], **options)  # a step that waits
+    model.complete(PROMPTS[:1], **OPTIONS)  # a step that waits
     assert [waiting.rows for waiting in model.pool.free] == [1]
     SHORTAGES[shortage](model, monkeypatch, 1)
     assert model.complete(PROMPTS, **options) == text

@@ -145,15 +145,9 @@ class LanguageModel:
         for batch in tqdm(batches, "batches", leave=False, disable=None if batches[1:] else True):
             sampler = None
             if options.temperature:
-                sampler = Sampler(
-                    [seeds[i] for i in batch],
-                    max(limits[i] for i in batch),
-                    options.temperature,
-                    options.top_k,
-                    options.top_p,
-                    options.min_p,
-                    self.device,
-                )
+                draws = [seeds[i] for i in batch], max(limits[i] for i in batch)
+                cuts = options.top_k, options.top_p, options.min_p
+                sampler = Sampler(*draws, options.temperature, *cuts, self.device)
             streams = [
                 TextStream(self.tokenizer.decode, limits[i], self.tokenizer.stop_ids, stop)
                 for i in batch
@@ -163,15 +157,9 @@ class LanguageModel:
                 rows = edits(n)
                 return [rows[i] for i in batch]
 
-            pieces = generation.decode(
-                self.pool,
-                [ids[i] for i in batch],
-                streams,
-                of_batch,
-                sampler,
-                graph=options.graph,
-                fused=options.fused,
-            )
+            how = {"graph": options.graph, "fused": options.fused}
+            own = [ids[i] for i in batch]
+            pieces = generation.decode(self.pool, own, streams, of_batch, sampler, **how)
             for row, piece in pieces:
                 yield batch[row], piece
 

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,7 @@ class CudaGraphs:
 
     def __init__(self):
         self.lock = threading.RLock()
-        self.streams: dict[int, torch.cuda.Stream] = {}  # of each GPU
+        self.streams = defaultdict(torch.cuda.Stream)  # of each GPU
         self.pools: dict[int, tuple] = {}  # of each GPU: a handle, the graphs that live in it
 
     @contextmanager
@@ -33,19 +34,14 @@ class CudaGraphs:
         So a caller's tensors may be read in it and freed behind it.
         """
         with self.lock, torch.cuda.device(device):
-            own, callers = self._stream(), torch.cuda.current_stream()
+            own = self.streams[torch.cuda.current_device()]
+            callers = torch.cuda.current_stream()
             own.wait_stream(callers)
             try:
                 with torch.cuda.stream(own):
                     yield
             finally:
                 callers.wait_stream(own)
-
-    def _stream(self) -> torch.cuda.Stream:
-        device = torch.cuda.current_device()
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream()
-        return self.streams[device]
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Run it on the current GPU and capture it -> what replays it there."""
@@ -57,7 +53,7 @@ class CudaGraphs:
             if not living:  # PyTorch takes no pool again whose graphs are all gone
                 handle, graphs = torch.cuda.graph_pool_handle(), weakref.WeakSet()
                 self.pools[device] = handle, graphs
-            settings = {"stream": self._stream(), "capture_error_mode": "thread_local"}
+            settings = {"stream": self.streams[device], "capture_error_mode": "thread_local"}
             with torch.cuda.graph(graph, handle, **settings):
                 run()
             graphs.add(graph)

@@ -53,10 +53,6 @@ class Sampler:
         rows, steps = other.draws.shape
         self.draws[:rows, :steps].copy_(other.draws)
         self.settings.copy_(other.settings)
-        return self.rewind()
-
-    def rewind(self) -> "Sampler":
-        """Begin with the first draws again."""
         self.step.zero_()
         return self
 

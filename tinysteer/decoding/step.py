@@ -128,32 +128,32 @@ class Decoding:
         assert T + max(limits) <= self.length, (T, limits, self.length)
         limits = torch.tensor([*limits, *[0] * spare], device="cpu")
         start = torch.cat((start, torch.full((spare,), self.length, device="cpu")))
-        prompts = functools.partial(self._begin, tokens, start, limits, stop_ids)
-        twice(lambda: prompts(edits, sampler, fused), self.clear)
 
-    def _begin(self, tokens, start, limits, stop_ids, edits, sampler, fused) -> None:
-        (n, T), spare = tokens.shape, self.rows - len(tokens)
-        self.cache.begin(start, T, T - start + limits)
-        self.left.copy_(limits)
-        self.stops.zero_()[[i for i in stop_ids if i < len(self.stops)]] = True
-        self.n, self.fused, self.edits = n, fused, None
-        self.sampler = self._sampler(sampler)
-        self._steer(edits)
-        with fusing(fused):
-            part, steer = self.cache.part(n), self.seam
-            steer = steer.part(n) if isinstance(steer, Fixed) else steer
-            x = self.decoder.prefill(tokens.to(self.tokens.device), part, steer)
-            self.cache.filled = part.filled
-            if self.capture is not None:  # from here on the columns are counted on the device
-                self.cache.filled, self.cache.block = 0, self.length
-            self._choose(torch.cat((x, x.new_zeros(spare, *x.shape[1:]))))
+        def run() -> None:
+            self.cache.begin(start, T, T - start + limits)
+            self.left.copy_(limits)
+            self.stops.zero_()[[i for i in stop_ids if i < len(self.stops)]] = True
+            self.n, self.fused, self.edits = n, fused, None
+            self.sampler = self._sampler(sampler)
+            if self.sampler:
+                self.sampler.step.zero_()  # a first attempt may have drawn
+            self._steer(edits)
+            with fusing(fused):
+                part, steer = self.cache.part(n), self.seam
+                steer = steer.part(n) if isinstance(steer, Fixed) else steer
+                x = self.decoder.prefill(tokens.to(self.tokens.device), part, steer)
+                self.cache.filled = part.filled
+                if self.capture is not None:  # from here on the columns are counted on the device
+                    self.cache.filled, self.cache.block = 0, self.length
+                self._choose(torch.cat((x, x.new_zeros(spare, *x.shape[1:]))))
+
+        twice(run, self.clear)
 
     def steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         """Edits for the steps to come, a list a row: other tables' contents, no other graph."""
         if edits != self.edits:
-            self._steer(edits)
+            on_its_stream(Decoding._steer)(self, edits)
 
-    @on_its_stream
     def _steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         old = None if self.edits is None else structure(self.edits)
         if isinstance(getattr(self, "seam", None), Fixed) and structure(edits) == old:
@@ -178,7 +178,7 @@ class Decoding:
 
     def _sampler(self, new: Sampler | None) -> Sampler | None:
         if new is None or self.capture is None:
-            return new and new.rewind()
+            return new
         if new.kind not in self.samplers:
             self.samplers[new.kind] = new.empty(self.rows, self.length)
         return self.samplers[new.kind].copy_(new)

@@ -9,6 +9,7 @@ Layer L is the residual stream after block L, counted from 0.
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -244,16 +245,13 @@ def nearest(number: float, dtype: torch.dtype) -> float:
 
 
 def as_loaded(method: Callable) -> Callable:
-    """A decoder rounds as the reference does, in its weights' type: torch.autocast, which would
-    have products in another one than the cache, is kept away.
-    """
+    """Without torch.autocast: a decoder rounds as the reference does, in its weights' type."""
 
     @functools.wraps(method)
     def inside(self, *arguments):
         kind = self.embed.weight.device.type
-        if not torch.is_autocast_enabled(kind):
-            return method(self, *arguments)
-        with torch.autocast(kind, enabled=False):
+        on = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if on else nullcontext():
             return method(self, *arguments)
 
     return inside
@@ -288,11 +286,7 @@ class Decoder(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """What a batch's columns are rounded up to, by padding, which changes nothing.
-
-        On a GPU PyTorch may take cuDNN's attention, which makes a plan for every length it has
-        not seen yet: so few lengths.
-        """
+        """What columns of prompts are padded to: cuDNN's attention plans anew for every length."""
         return 64 if self.embed.weight.is_cuda else 1
 
     def prefill(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
