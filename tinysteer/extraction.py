@@ -8,7 +8,7 @@ without. The other method, "pca", is the differences' first principal direction.
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from tinysteer.steering.vectors import SteeringVector
 from tinysteer.text.tokenizer import Prompt, pad
 from tinysteer.version import VERSION
 
+SAME = "the prompts with the instruction are the same as those without it"
 METHODS = {
     "mean": "mean difference of last-token residuals",
     "pca": "first principal direction of the differences of last-token residuals, uncentred",
@@ -59,11 +60,11 @@ def all_residuals(
 ) -> Tensor:
     """What each prompt's last token carries after every block, (n_layers, N, D) on the CPU."""
     shape = model.config.n_layers, len(prompts), model.config.dim
-    found = torch.empty(shape, device="cpu")
+    states_of = torch.empty(shape, device="cpu")
     for places, states in run_prompts(model, prompts, chat, batch_size):
         for row, place in enumerate(places):
-            found[:, place] = states[:, row, None].cpu()
-    return found
+            states_of[:, place] = states[:, row, None].cpu()
+    return states_of
 
 
 @torch.no_grad()
@@ -124,29 +125,17 @@ def extract(
     differences are largest in the mean square (uncentred), pointing the mean difference's way,
     which keeps every prompt's states: 8 n_layers D bytes a pair. name: what to call the vector.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(map(repr, METHODS))}")
     sides = {"with_instruction": with_instruction, "without": without}
-    sizes = {k: s.n if isinstance(s, MeanResiduals) else len(s) for k, s in sides.items()}
-    if len(set(sizes.values())) > 1:
-        seen = " and ".join(f"{n} {name}" for name, n in sizes.items())
-        raise ValueError(f"prompts come in pairs, but there are {seen}")
-    for key, side in sides.items():
-        if not isinstance(side, MeanResiduals):
-            continue
-        if method != "mean":
-            raise ValueError(f"method {method!r} needs the prompts of {key}, not their mean")
-        if side.source != (model.name, model.revision, chat):
-            raise ValueError(f"{key} was measured on another model, or with another `chat`")
+    check_sides(model, sides, method, chat)
     digests = [s.digest if isinstance(s, MeanResiduals) else digest(s) for s in sides.values()]
-    if sizes["without"] and digests[0] == digests[1]:
-        raise ValueError("the prompts with the instruction are the same as those without it")
+    if size(without) and digests[0] == digests[1]:
+        raise ValueError(SAME)
     metadata = {
         "name": name,
         "model": model.name,
         "revision": model.revision,
         "method": METHODS[method],
-        "pairs": str(sizes["without"]),
+        "pairs": str(size(without)),
         "pairs_sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "prompts": "as they are" if not chat else "formatted",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -155,29 +144,55 @@ def extract(
     }
     metadata = {key: value for key, value in metadata.items() if value}
     run = mean_residuals if method == "mean" else all_residuals
-    found = [
+    sampled = [
         side
         if isinstance(side, MeanResiduals)
         else run(model, side, chat=chat, batch_size=batch_size)
         for side in sides.values()
     ]
-    means = [side.mean if method == "mean" else side.mean(1) for side in found]
+    means = [side.mean if method == "mean" else side.mean(1) for side in sampled]
     if torch.equal(*means):
-        raise ValueError("the prompts with the instruction are the same as those without it")
+        raise ValueError(SAME)
     if method == "mean":
         return SteeringVector.from_means(*means, metadata)
-    return SteeringVector.along(principal(found[0] - found[1]), *means, metadata)
+    return SteeringVector.along(principal(sampled[0] - sampled[1]), *means, metadata)
+
+
+def size(side: Sequence[Prompt] | MeanResiduals) -> int:
+    """How many prompts."""
+    return side.n if isinstance(side, MeanResiduals) else len(side)
+
+
+def check_sides(
+    model: LanguageModel,
+    sides: Mapping[str, Sequence[Prompt] | MeanResiduals],
+    method: str,
+    chat: bool,
+) -> None:
+    """ValueError for sides that are not pairs, or that the method or the model cannot use."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(map(repr, METHODS))}")
+    if len(set(map(size, sides.values()))) > 1:
+        counts = " and ".join(f"{size(side)} {name}" for name, side in sides.items())
+        raise ValueError(f"prompts come in pairs, but there are {counts}")
+    for key, side in sides.items():
+        if not isinstance(side, MeanResiduals):
+            continue
+        if method != "mean":
+            raise ValueError(f"method {method!r} needs the prompts of {key}, not their mean")
+        if side.source != (model.name, model.revision, chat):
+            raise ValueError(f"{key} was measured on another model, or with another `chat`")
 
 
 def principal(differences: Tensor) -> Tensor:
     """Differences of pairs (n_layers, N, D) -> their first principal directions (n_layers, D)."""
-    found = []
+    directions = []
     for x in differences.double():
         N, D = x.shape
         _, vectors = torch.linalg.eigh(x @ x.T if N < D else x.T @ x)  # the smaller of the two
         u = x.T @ vectors[:, -1] if N < D else vectors[:, -1]
-        found.append(u if u @ x.mean(0) >= 0 else -u)
-    return torch.stack(found)
+        directions.append(u if u @ x.mean(0) >= 0 else -u)
+    return torch.stack(directions)
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

@@ -120,10 +120,8 @@ class LanguageModel:
         """
         if isinstance(prompts, str):
             return (piece for _, piece in self.stream([prompts], steer, **options))
-        if not isinstance(prompts, Sequence):
-            raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
         options = generation.Options(**options)
-        ids = [self.tokenizer.ids(prompt, options.chat) for prompt in prompts]
+        ids = self._ids(prompts, options.chat)
         rows = [self._edits(steer(0) if changes(steer) else steer, len(ids))]
         limits = options.per_prompt("max_new_tokens", len(ids))
         seeds = options.per_prompt("seed", len(ids))
@@ -177,15 +175,11 @@ class LanguageModel:
         made with the edits, are shown too, up to a stop id. Errors as for `complete`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Sequence) or not isinstance(max_new_tokens, int):
-            raise ValueError("prompts must be a string or a list, max_new_tokens a whole number")
-        if not prompts:
-            return []
-        ids = [self.tokenizer.ids(prompt, chat) for prompt in prompts]
+        ids = self._ids(prompts, chat)
         edits = self._edits(steer, len(ids))
         limits = generation.Options(max_new_tokens).per_prompt("max_new_tokens", len(ids))
         generation.check_lengths(ids, limits, self.config.context_length)
-        return explain(self.decoder, self.tokenizer, ids, edits, max(limits))
+        return explain(self.decoder, self.tokenizer, ids, edits, limits[0]) if ids else []
 
     @torch.no_grad()
     def logits(
@@ -201,21 +195,9 @@ class LanguageModel:
         start (B,): where rows padded on the left begin; default 0. prompt_length: how many of
         the columns are the prompt, for edits that tell it from what follows; default all.
         """
-        states = self.states(tokens, steer, start=start, prompt_length=prompt_length)
-        return self.decoder.logits(states)
-
-    @torch.no_grad()
-    def states(
-        self,
-        tokens: Tensor,
-        steer: Steer = None,
-        *,
-        start: Tensor | None = None,
-        prompt_length: int | None = None,
-    ) -> Tensor:
-        """What the head reads: (B, T, D) after the last norm. Arguments as for `logits`."""
         chunks, cache, steer = self._run(tokens, steer, start, prompt_length)
-        return torch.cat([self.decoder(chunk, cache, steer) for chunk in chunks], dim=1)
+        normed = torch.cat([self.decoder(chunk, cache, steer) for chunk in chunks], dim=1)
+        return self.decoder.logits(normed)
 
     @torch.no_grad()
     def residuals(
@@ -260,6 +242,11 @@ class LanguageModel:
         cache = Cache(self.decoder, start, prompt_length, T)
         steer = seam(self._edits(steer, B), self.device, self.dtype)
         return tokens.long().to(self.device).split(CHUNK, dim=1), cache, steer
+
+    def _ids(self, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
+        return [self.tokenizer.ids(prompt, chat) for prompt in prompts]
 
     def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:
         rows = per_row(steer, n_rows)

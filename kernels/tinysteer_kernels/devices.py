@@ -6,9 +6,11 @@ Without Triton enough of its name is here for the kernels' files to be read.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,7 +45,20 @@ def fusing(on: bool) -> Iterator[None]:
 
 def serves(x: Tensor) -> bool:
     """Whether a kernel can run on x; the formulas always can."""
-    return x.is_cuda and HAS_TRITON and FUSED.get()
+    wanted = x.is_cuda and FUSED.get()
+    if wanted and not HAS_TRITON:
+        tell_of_triton()
+    return wanted and HAS_TRITON
+
+
+@cache
+def tell_of_triton() -> None:
+    """Once in a process."""
+    warnings.warn(
+        "the kernels need Triton, which is not installed here, so PyTorch's formulas do their "
+        'work, slower: on Linux, pip install "tinysteer[gpu]"',
+        stacklevel=3,
+    )
 
 
 def as_op(*tensors: Tensor) -> bool:

@@ -18,9 +18,9 @@ def run_demo(as_json: bool) -> None:
     """Print the demo, or with `as_json` its numbers and texts as one JSON object."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "steering tiny-base")  # the last table is about that
-        found = measure((lambda text: None) if as_json else lambda text: print(text, flush=True))
+        data = measure((lambda text: None) if as_json else lambda text: print(text, flush=True))
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(data, indent=1))
 
 
 def measure(say: Callable[[str], None]) -> dict[str, Any]:
@@ -36,40 +36,40 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
         "neither: no instruction, no steering. random: random directions. asked: by the prompt.\n"
         "both: by prompt and vector, where some layer improves on asking."
     )
-    found: dict[str, Any] = {}
-    found["formats"], texts = tables.formats(lab, vectors)
-    say(table("FORMATS: answers that have one, by to_target", found["formats"]))
-    found["length"], brief = tables.brevity(lab)
-    say(table("MEAN WORDS of an answer, by adding brevity with a weight", found["length"]))
-    found["words"] = tables.words(lab)
+    data: dict[str, Any] = {}
+    data["formats"], texts = tables.formats(lab, vectors)
+    say(table("FORMATS: answers that have one, by to_target", data["formats"]))
+    data["length"], brief = tables.brevity(lab)
+    say(table("MEAN WORDS of an answer, by adding brevity with a weight", data["length"]))
+    data["words"] = tables.words(lab)
     say(
         table(
             "A WORD: answers that hold it, by adding a vector of its own",
-            found["words"],
+            data["words"],
         )
     )
-    layers = {name: row["layer"] for name, row in found["formats"].items()}
-    found["two at once"] = tables.two_at_once(lab, vectors, layers)
-    say(table("TWO AT ONCE: by two edits, or by the vectors' sum", found["two at once"]))
-    found["transfer"] = tables.transfer(lab, vectors)
-    say(table("ANOTHER MODEL: formats of tiny-base, by tiny-instruct's vectors", found["transfer"]))
+    layers = {name: row["layer"] for name, row in data["formats"].items()}
+    data["two at once"] = tables.two_at_once(lab, vectors, layers)
+    say(table("TWO AT ONCE: by two edits, or by the vectors' sum", data["two at once"]))
+    data["transfer"] = tables.transfer(lab, vectors)
+    say(table("ANOTHER MODEL: formats of tiny-base, by tiny-instruct's vectors", data["transfer"]))
 
     steered = {**texts, "brief": brief}
-    found["examples"] = [
+    data["examples"] = [
         {"question": question, "plain": lab.answers[i], name: steered[name][i]}
         for i, (question, name) in enumerate(
             zip(lab.questions("test"), ("capitals", "json", "brief"), strict=False)
         )
     ]
-    for example in found["examples"]:
+    for example in data["examples"]:
         question, *answers = example.items()
         say("\n".join(["", f"> {question[1]}", *(f"{how}: {text}" for how, text in answers)]))
-    found["seconds"] = round(time.perf_counter() - began, 1)
+    data["seconds"] = round(time.perf_counter() - began, 1)
     say(
-        f"\n{found['seconds']:.0f} s on {lab.model.device}, {os.cpu_count()} CPU cores, "
+        f"\n{data['seconds']:.0f} s on {lab.model.device}, {os.cpu_count()} CPU cores, "
         f"torch {torch.__version__}"
     )
-    return found
+    return data
 
 
 def table(title: str, rows: Table) -> str:

@@ -43,8 +43,8 @@ def best_layer(
     """The paper's rule, for `to_target` on validation prompts."""
     settings = {layer: to_target(vector, layer) for layer in layers(model)}
     texts = sweep(model, prompts, settings, **OPTIONS)
-    accuracy = {layer: follow(found, name) for layer, found in texts.items()}
-    return choose_layer(accuracy, {layer: broken(found) for layer, found in texts.items()})
+    accuracy = {layer: follow(answers, name) for layer, answers in texts.items()}
+    return choose_layer(accuracy, {layer: broken(answers) for layer, answers in texts.items()})
 
 
 def formats(lab: Lab, vectors: dict[str, SteeringVector]) -> tuple[Table, dict[str, list[str]]]:
@@ -52,7 +52,7 @@ def formats(lab: Lab, vectors: dict[str, SteeringVector]) -> tuple[Table, dict[s
 
     As in the paper the layer is chosen for questions without and with the instruction apart.
     """
-    found, steered = {}, {}
+    table, steered = {}, {}
     for name, vector in vectors.items():
         layer = best_layer(lab.model, lab.questions("validation"), vector, name)
         layer_asked = best_layer(lab.model, lab.ask("validation", name), vector, name)
@@ -60,8 +60,8 @@ def formats(lab: Lab, vectors: dict[str, SteeringVector]) -> tuple[Table, dict[s
         settings = {"asked": [], "both": to_target(vector, layer_asked)}
         texts = sweep(lab.model, lab.ask("test", name), settings, **OPTIONS)
         ways |= {way: follow(answers, name) for way, answers in texts.items()}
-        found[name] = {**ways, "layer": layer, "layer if asked": layer_asked}
-    return found, steered
+        table[name] = {**ways, "layer": layer, "layer if asked": layer_asked}
+    return table, steered
 
 
 def unasked(
@@ -107,12 +107,12 @@ def brevity(lab: Lab) -> tuple[Table, list[str]]:
     texts = sweep(lab.model, lab.questions("test"), settings, **OPTIONS)
     texts |= {(way, WEIGHTS[0]): lab.answers for way in used}
     words = {setting: mean_words(answers) for setting, answers in texts.items()}
-    found = {
+    table = {
         "steered": {f"{w:g}": words["steered", w] for w in WEIGHTS},
         "random": {f"{w:g}": statistics.mean(words[d, w] for d in DRAWS) for w in WEIGHTS},
     }
-    found = {way: row | {"layer": layer} for way, row in found.items()}
-    return found, texts["steered", WEIGHTS[-1]]
+    table = {way: row | {"layer": layer} for way, row in table.items()}
+    return table, texts["steered", WEIGHTS[-1]]
 
 
 def words(lab: Lab) -> Table:
@@ -158,9 +158,9 @@ def steer_words(
     tried = [(layer, weight) for layer in layers(lab.model)[1:] for weight in WEIGHTS[2:]]
     settings = {setting: rows("validation", *setting) for setting in tried}
     texts = sweep(lab.model, lab.questions("validation"), settings, **OPTIONS)
-    held = {setting: hold(choose("validation"), found) for setting, found in texts.items()}
+    held = {setting: hold(choose("validation"), answers) for setting, answers in texts.items()}
     done = {s: rate if wish == "include" else 100 - rate for s, rate in held.items()}
-    layer, weight = choose_layer(done, {s: broken(found) for s, found in texts.items()})
+    layer, weight = choose_layer(done, {s: broken(answers) for s, answers in texts.items()})
 
     settings = {draw: rows("test", layer, weight, draw) for draw in DRAWS}
     settings["steered"] = rows("test", layer, weight)
@@ -183,7 +183,7 @@ def two_at_once(
 
     Which of them, and the sum's layer, is what gives both most often on validation questions.
     """
-    found = {}
+    table = {}
     for names in BOTH:
         pair = [vectors[name] for name in names]
         controls = zip(*map(lab.random, pair), strict=True)
@@ -195,14 +195,14 @@ def two_at_once(
         settings["steered"] = both(pair, choice)
         texts = sweep(lab.model, lab.questions("test"), settings, **OPTIONS)
         asked = lab.model.complete(lab.ask("test", *names), **OPTIONS)
-        found[" + ".join(names)] = {
+        table[" + ".join(names)] = {
             "neither": follow(lab.answers, *names),
             "steered": follow(texts["steered"], *names),
             "random": statistics.mean(follow(texts[draw], *names) for draw in DRAWS),
             "asked": follow(asked, *names),
             "layers": f"sum at {choice}" if isinstance(choice, int) else "{}, {}".format(*choice),
         }
-    return found
+    return table
 
 
 def both(pair: Sequence[SteeringVector], layers: int | tuple[int, int]) -> list[Edit]:
@@ -214,9 +214,9 @@ def both(pair: Sequence[SteeringVector], layers: int | tuple[int, int]) -> list[
 
 def transfer(lab: Lab, vectors: dict[str, SteeringVector]) -> Table:
     """Formats of tiny-base, which never saw an instruction, by tiny-instruct's vectors."""
-    found = {}
+    table = {}
     for name, vector in vectors.items():
         layer = best_layer(lab.base_model, lab.questions("validation"), vector, name)
         ways, _ = unasked(lab, lab.base_model, lab.base_answers, name, vector, layer)
-        found[name] = {**ways, "layer": layer}
-    return found
+        table[name] = {**ways, "layer": layer}
+    return table

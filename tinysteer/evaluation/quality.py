@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tinysteer.language_model import LanguageModel
+from tinysteer.model.decoder import Cache
 from tinysteer.text.tokenizer import pad
 
 WINDOW = 1024  # tokens of a text that count, its last ones (paper)
@@ -27,12 +28,14 @@ def perplexity(judge: LanguageModel, texts: Sequence[str], *, batch_size: int = 
     """
     window = min(WINDOW, judge.config.context_length)
     ids = [judge.tokenizer.encode(text)[-window:] for text in texts]
-    found = [1.0] * len(ids)
+    values = [1.0] * len(ids)
     order = sorted((i for i in range(len(ids)) if len(ids[i]) > 1), key=lambda i: len(ids[i]))
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         tokens, start = pad([ids[i] for i in batch])
-        states, following = judge.states(tokens, start=start), tokens[:, 1:].to(judge.device)
+        tokens = tokens.to(judge.device)
+        cache = Cache(judge.decoder, start, tokens.shape[1], tokens.shape[1])
+        states, following = judge.decoder(tokens, cache), tokens[:, 1:]
         losses = [
             F.cross_entropy(judge.decoder.logits(part).mT, right, reduction="none")
             for part, right in zip(
@@ -41,25 +44,18 @@ def perplexity(judge: LanguageModel, texts: Sequence[str], *, batch_size: int = 
         ]
         losses = torch.cat(losses, dim=1)  # (B, T - 1)
         for row, i in enumerate(batch):
-            found[i] = losses[row, int(start[row]) :].mean().exp().item()
-    return found
+            values[i] = losses[row, int(start[row]) :].mean().exp().item()
+    return values
 
 
 def repetition(text: str, n: int = 3) -> float:
     """The share of a text's runs of n words that stood there before: 0 where none recurs."""
-    words = text.lower().split()
-    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return 1 - distinct(text, n)
 
 
-def repeats(prompt: str, response: str) -> float:
-    """`repetition` of the response."""
-    return repetition(response)
-
-
-def distinct(prompt: str, response: str, n: int = 2) -> float:
+def distinct(text: str, n: int = 2) -> float:
     """The share of different runs of n words among all (distinct-n); 1 for a text too short."""
-    words = response.lower().split()
+    words = text.lower().split()
     runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(runs)) / len(runs) if runs else 1.0
 
@@ -73,7 +69,10 @@ def perplexity_under(model: LanguageModel) -> Judge:
     return judge
 
 
-JUDGES: Mapping[str, Judge] = {"repetition": repeats, "distinct-2": distinct}
+JUDGES: Mapping[str, Judge] = {
+    "repetition": lambda prompt, response: repetition(response),
+    "distinct-2": lambda prompt, response: distinct(response),
+}
 
 
 def judged(

@@ -55,9 +55,9 @@ def choose_layer(
     it too, by a line that stands there twice: not imitated.) Of equals the first wins: give layers
     from the lowest up, weights from the weakest.
     """
-    found = {
+    sound = {
         layer: 0.0 if layer is not None and broken[layer] > allowed else accuracy[layer]
         for layer in accuracy
     }
-    layers = [layer for layer in found if layer is not None]
-    return max([None] * (None in found) + layers, key=found.__getitem__)
+    layers = [layer for layer in sound if layer is not None]
+    return max([None] * (None in sound) + layers, key=sound.__getitem__)

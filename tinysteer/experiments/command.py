@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinysteer.experiments import EXPERIMENTS, Settings, reproduce
 from tinysteer.language_model import load
-from tinysteer.steering.edits import WINDOWS, Where, parse_window
+from tinysteer.steering.edits import WINDOWS, parse_window
 
 
 def add_parser(commands) -> None:
@@ -24,9 +24,7 @@ def add_parser(commands) -> None:
     one.add_argument("--layers", metavar="JSON", help="a summary.json whose layers to take")
     one.add_argument("--layer", type=int, metavar="L", help="for lengths and words")
     one.add_argument("--weights", type=float, nargs="+", metavar="W", help="to sweep, likewise")
-    one.add_argument(
-        "--where", type=parse_where, default="all", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all)"
-    )
+    one.add_argument("--where", default="all", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all)")
     one.add_argument("--validation", type=int, default=8, metavar="N", help="prompts a choice (8)")
     one.add_argument("--validation-tokens", type=int, default=256, metavar="N", help="256")
     one.add_argument("--step", type=int, default=2, help="between the layers tried (2)")
@@ -45,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         layers=read_layers(options.layers) if options.layers else {},
         layer=options.layer,
         weights=tuple(options.weights) if options.weights else None,
-        where=options.where,
+        where=parse_window(options.where),
         validation=options.validation,
         step=options.step,
         max_new_tokens=options.max_new_tokens,
@@ -58,14 +56,6 @@ def run(options: argparse.Namespace) -> None:
     models = {k: load(name, options.dtype, options.device) for k, name in names.items() if name}
     out = options.out or f"{options.experiment}-{Path(options.model).name}"
     print(reproduce(options.experiment, out=out, settings=settings, **models), end="")
-
-
-def parse_where(text: str) -> Where:
-    """`parse_window` for argparse, which reports what does not fit."""
-    try:
-        return parse_window(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def read_layers(path: str) -> dict[str, dict[str, int | None]]:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from statistics import median
 
-from tinysteer.evaluation import ifeval
+from tinysteer.evaluation.checks import sentences
 from tinysteer.experiments.intervals import mean, share
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
@@ -170,7 +170,7 @@ def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[
 
 
 def has_sentences(text: str, relation: str, n: int) -> bool:
-    return bool(text.strip()) and RELATIONS[relation](len(ifeval.sentences(text)), n)
+    return bool(text.strip()) and RELATIONS[relation](len(sentences(text)), n)
 
 
 def control(vector: SteeringVector, relation: str, n: int) -> SteeringVector:

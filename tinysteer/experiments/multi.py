@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from tinysteer.evaluation import ifeval
+from tinysteer.evaluation.checks import sentences
 from tinysteer.experiments import formats, instructions, length, words
 from tinysteer.experiments.intervals import share
 from tinysteer.experiments.report import Findings, Table
@@ -74,7 +75,7 @@ def format_and_length(
         edits,
         {
             "format": lambda i, text: instructions.follows(items[i], text),
-            "length": lambda i, text: len(ifeval.sentences(text)) <= limits[i],
+            "length": lambda i, text: len(sentences(text)) <= limits[i],
         },
     )
 

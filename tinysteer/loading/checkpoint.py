@@ -92,7 +92,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def plan(stored: dict[str, Stored], decoder: Decoder) -> dict[str, list[str]]:
+def sources_of(stored: dict[str, Stored], decoder: Decoder) -> dict[str, list[str]]:
     """Our parameters -> the checkpoint's tensors, to be stacked by rows in that order.
 
     ValueError naming what is missing, unexpected or of another shape.
@@ -108,9 +108,9 @@ def plan(stored: dict[str, Stored], decoder: Decoder) -> dict[str, list[str]]:
         sources[target] = [f"{name.replace('#', layer)}.{kind}" for name in hub]
         rows = decoder.get_submodule(module).parts if len(hub) > 1 else parameter.shape[:1]
         for name, n_rows in zip(sources[target], rows, strict=True):
-            shape, found = (n_rows, *parameter.shape[1:]), stored.get(plain.get(name))
-            if found and found.shape != shape:
-                wrong.append(f"{name} is {list(found.shape)}, not {list(shape)}")
+            shape, tensor = (n_rows, *parameter.shape[1:]), stored.get(plain.get(name))
+            if tensor and tensor.shape != shape:
+                wrong.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
     wanted = {name for names in sources.values() for name in names}
     unexpected = plain.keys() - wanted - ({"lm_head.weight"} if decoder.config.tied else set())
     if missing := sorted(wanted - plain.keys()):
@@ -125,11 +125,11 @@ def plan(stored: dict[str, Stored], decoder: Decoder) -> dict[str, list[str]]:
 def load_decoder(
     folder: Path, config: Config, dtype: torch.dtype | None, device: torch.device
 ) -> Decoder:
-    """Every tensor from its mapped file straight into its final place, dtype and device."""
+    """Every tensor from its mapped file straight into its final weight, dtype and device."""
     stored = read_headers(folder)
     with torch.device("meta"):
         decoder = Decoder(config)
-    sources = plan(stored, decoder)
+    sources = sources_of(stored, decoder)
     if dtype is None:
         kind = stored[sources["embed.weight"][0]].dtype
         if kind not in STORED_DTYPES:
@@ -139,15 +139,15 @@ def load_decoder(
     for target, names in progress:
         module, _, kind = target.rpartition(".")
         shape = decoder.get_parameter(target).shape
-        place = torch.empty(shape, dtype=dtype, device=device)
+        weight = torch.empty(shape, dtype=dtype, device=device)
         row = 0
         for name in names:
             # Opened anew for each: pages that were read leave memory with the mapping.
             with safe_open(stored[name].path, framework="pt") as file:
                 tensor = file.get_tensor(name)
-            place[row : row + len(tensor)].copy_(tensor)
+            weight[row : row + len(tensor)].copy_(tensor)
             row += len(tensor)
-        setattr(decoder.get_submodule(module), kind, nn.Parameter(place, requires_grad=False))
+        setattr(decoder.get_submodule(module), kind, nn.Parameter(weight, requires_grad=False))
     return decoder.eval()
 
 

@@ -4,7 +4,7 @@ To support a family, add a row to FAMILIES. To support a trait, add a field to `
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,8 +158,7 @@ def read_config(config: dict[str, Any]) -> Config:
         config = (config.get("text_config") or {}) | whole
         model_type = MULTIMODAL[model_type]
     if model_type not in FAMILIES:
-        known = ", ".join([*FAMILIES, *MULTIMODAL])
-        raise ValueError(f"model_type {model_type!r} is not supported; those that are: {known}")
+        raise unsupported("model_type", model_type, [*FAMILIES, *MULTIMODAL])
     if config.get("quantization_config"):
         raise ValueError("this checkpoint is quantized; load the original, unquantized one")
     if config.get("use_bidirectional_attention"):
@@ -170,12 +169,15 @@ def read_config(config: dict[str, Any]) -> Config:
         raise ValueError(f"config.json has no {key}") from None
 
 
+def unsupported(name: str, value: Any, known: Iterable[str]) -> ValueError:
+    return ValueError(f"{name} {value!r} is not supported; those that are: {', '.join(known)}")
+
+
 def build(model_type: str, family: Family, c: dict[str, Any]) -> Config:
     """The settings of a config.json, the family's defaults filled in -> Config."""
     activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"hidden_act {activation!r} is not supported; those that are: {known}")
+        raise unsupported("hidden_act", activation, ACTIVATIONS)
     head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     fields = {
         "vocab_size": c["vocab_size"],
@@ -208,13 +210,13 @@ def read_layers(c: dict, family: Family, head_dim: int) -> tuple[Layer, ...]:
             f"layer_types has {len(kinds)} entries for {c['num_hidden_layers']} layers"
         )
     window = c.get("sliding_window")
-    made = {
+    layers = {
         "sliding_attention": Layer(read_rope(c, head_dim, "sliding_attention"), window),
         "full_attention": Layer(read_rope(c, head_dim, "full_attention")),
     }
-    if unknown := set(kinds) - set(made):
-        raise ValueError(f"layer_types has {sorted(unknown)}; known are {sorted(made)}")
-    return tuple(made[kind] for kind in kinds)
+    if unknown := set(kinds) - set(layers):
+        raise ValueError(f"layer_types has {sorted(unknown)}; known are {sorted(layers)}")
+    return tuple(layers[kind] for kind in kinds)
 
 
 def read_rope(c: dict, head_dim: int, kind: str) -> Rope:
@@ -231,8 +233,7 @@ def read_rope(c: dict, head_dim: int, kind: str) -> Rope:
     scheme = r.get("rope_type") or r.get("type") or "default"
     scheme = "longrope" if "short_factor" in r else scheme  # early Phi-3 said "su", then "yarn"
     if scheme not in SETTINGS:
-        known = ", ".join(SETTINGS)
-        raise ValueError(f"rope type {scheme!r} is not supported; those that are: {known}")
+        raise unsupported("rope type", scheme, SETTINGS)
     partial = r.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
     return Rope(
         dim=int(head_dim * partial),
@@ -240,10 +241,6 @@ def read_rope(c: dict, head_dim: int, kind: str) -> Rope:
         scheme=scheme,
         **SETTINGS[scheme](r, c),
     )
-
-
-def linear_settings(r: dict, c: dict) -> dict[str, Any]:
-    return {"factor": float(r["factor"])}
 
 
 def llama3_settings(r: dict, c: dict) -> dict[str, Any]:
@@ -270,7 +267,7 @@ def longrope_settings(r: dict, c: dict) -> dict[str, Any]:
 
 SETTINGS: dict[str, Callable[[dict, dict], dict[str, Any]]] = {
     "default": lambda r, c: {},
-    "linear": linear_settings,
+    "linear": lambda r, c: {"factor": float(r["factor"])},
     "llama3": llama3_settings,
     "longrope": longrope_settings,
 }

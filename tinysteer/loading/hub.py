@@ -2,6 +2,9 @@
 published there.
 """
 
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 # All that a model needs. Not "*.safetensors": some repositories hold their weights twice.
@@ -32,34 +35,63 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
             kind = "comes with the package" if embedded else "is a folder"
             raise ValueError(f"revision={revision!r} is for Hub ids; {source} {kind}")
         return folder
-    from huggingface_hub import errors, snapshot_download  # 0.2 s that a folder need not pay
+    from huggingface_hub import HfApi, snapshot_download  # 0.2 s that a folder need not pay
 
-    missing = f"there is no folder {source}, and the Hugging Face Hub has no model of that name"
+    nowhere = f"there is no folder {source}, and"
+    absent: list[str] = []
+    with sentences(source, revision, nowhere, absent):
+        patterns = [*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:2])]
+        path = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        absent += lacking(path, weights)
+        if absent:  # without a Hub a cached half passes for all: this raises if there is none
+            HfApi().model_info(str(source), revision=revision)
+    return path
+
+
+@contextmanager
+def sentences(
+    source: str | Path, revision: str | None, nowhere: str = "", absent: Sequence[str] = ()
+) -> Iterator[None]:
+    """The Hub's errors, and its client's, as sentences that say what to do.
+
+    nowhere: where else was looked, as a sentence's beginning. absent: files not in the cache.
+    """
+    from huggingface_hub import errors
+
+    nowhere = f"{nowhere} " * bool(nowhere)
     try:
-        found = snapshot_download(
-            str(source),
-            revision=revision,
-            allow_patterns=[*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:2])],
-        )
+        yield
     except errors.HFValidationError:
         raise FileNotFoundError(
-            f"there is no folder {source}, and it is no Hugging Face Hub id (owner/name) either"
+            f"{nowhere}it is no Hugging Face Hub id (owner/name) either"
         ) from None
     except errors.GatedRepoError:
-        raise gated(source) from None
+        raise gated_error(source) from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
-            f"{missing} (where it is private, set HF_TOKEN to a token that may read it)"
+            f"{nowhere}the Hugging Face Hub has no {source} (where it is private, set HF_TOKEN to "
+            "a token that may read it)"
         ) from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub") from None
     except (OSError, errors.HTTPError) as error:  # the latter is the HTTP client's own
+        lacks = f" (it lacks {', '.join(absent)})" if absent else ""
         unreachable = (
-            f"there is no folder {source}, the Hub's cache here does not hold all of that model, "
-            "and the Hub cannot be reached: connect, or pass the folder of a model"
+            f"{nowhere}the Hub's cache here does not hold all of {source}{lacks}, and the Hub "
+            "cannot be reached: connect, or pass the folder of a model"
         )
         raise what_failed(error, source, unreachable) from None
-    return Path(found)
+
+
+def lacking(folder: Path, weights: bool) -> list[str]:
+    """The files that every model has and `folder` has not; shards are those its index names."""
+    needed = ["config.json", "tokenizer.json"]
+    single, index = (folder / file for file in WEIGHTS[:2])
+    if weights and not single.exists():
+        text = index.read_text("utf-8", "replace") if index.exists() else ""
+        shards = {*re.findall(r'"(model-[^"/]*-of-[^"/]*\.safetensors)"', text)}
+        needed += sorted(shards) or [single.name]
+    return [file for file in needed if not (folder / file).exists()]
 
 
 def is_embedded(source: str | Path) -> bool:
@@ -67,7 +99,7 @@ def is_embedded(source: str | Path) -> bool:
     return isinstance(source, str) and source in EMBEDDED
 
 
-def gated(source: str | Path) -> PermissionError:
+def gated_error(source: str | Path) -> PermissionError:
     return PermissionError(
         f"{source} is gated: accept its terms at https://huggingface.co/{source}, then set "
         "HF_TOKEN to a token of that account or run `hf auth login`"
@@ -118,23 +150,13 @@ def pull(repo: str, file: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     check_id(repo)
-    unreachable = f"the Hub's cache here does not hold {repo}, and the Hub cannot be reached"
-    try:
-        path = hf_hub_download(repo, file, revision=revision)
-    except errors.GatedRepoError:
-        raise gated(repo) from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        at = f" at revision {revision!r}" if revision else ""
-        raise FileNotFoundError(
-            f"the Hugging Face Hub has no {repo}{at} (where it is private, set HF_TOKEN)"
-        ) from None
-    except errors.LocalEntryNotFoundError as error:
-        raise what_failed(error, repo, unreachable) from None
-    except errors.EntryNotFoundError:
-        raise FileNotFoundError(f"{repo} holds no {file}: it is no tinysteer vector") from None
-    except (OSError, errors.HTTPError) as error:
-        raise what_failed(error, repo, unreachable) from None
-    return Path(path)
+    with sentences(repo, revision):
+        try:
+            return Path(hf_hub_download(repo, file, revision=revision))
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):  # that one is the network's
+                raise
+    raise FileNotFoundError(f"{repo} holds no {file}: it is no tinysteer vector")
 
 
 def check_id(repo: str) -> None:

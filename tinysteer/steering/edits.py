@@ -139,26 +139,27 @@ class Direction:
         self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
     ) -> Edit:
         """Set the projection to `target`, or go `alpha` of the way (paper: adjust_rs)."""
-        alpha, target = number(alpha), self.target if target is None else number(target)
-        return self._edit(where, bias=alpha * target, slope=alpha)
+        return self._towards(alpha, target, where)
 
     def at_least(
         self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
     ) -> Edit:
         """As `to_target`, but only ever upwards."""
-        alpha, target = number(alpha), self.target if target is None else number(target)
-        return self._edit(where, bias=alpha * target, slope=alpha, low=0.0)
+        return self._towards(alpha, target, where, low=0.0)
 
     def at_most(
         self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
     ) -> Edit:
         """As `to_target`, but only ever downwards."""
-        alpha, target = number(alpha), self.target if target is None else number(target)
-        return self._edit(where, bias=alpha * target, slope=alpha, high=0.0)
+        return self._towards(alpha, target, where, high=0.0)
 
     def ablate(self, *, where: Where = "all") -> Edit:
         """Remove the direction: the projection becomes 0."""
         return self._edit(where, slope=1.0)
+
+    def _towards(self, alpha: float, target: float | None, where: Where, **clip: float) -> Edit:
+        alpha, target = number(alpha), self.target if target is None else number(target)
+        return self._edit(where, bias=alpha * target, slope=alpha, **clip)
 
     def _edit(self, where: Where, **move: float) -> Edit:
         return Edit(self.layer, self.direction, kernels.Edit(**move, **window(where)), self.origin)

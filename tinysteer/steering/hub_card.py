@@ -3,45 +3,9 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-CARD = """\
----
-library_name: tinysteer
-{base_model}tags:
-- steering-vector
-- activation-steering
----
+from tinysteer.loading.hub import ASSETS
 
-# {title}
-
-A steering vector for `tinysteer`: added to the residual stream of
-{model}, it makes the model behave as if it had been given an instruction.
-
-```python
-import tinysteer as ts
-
-model = ts.load({source})
-vector = ts.SteeringVector.from_hub("{repo}")
-model.complete("...", steer=[vector.at({layer}).add()])
-```
-
-Which layer is best is for you to find out; {layer} is only the middle one of {n_layers}. Layer L is
-the residual stream after block L, counted from 0.
-
-## Where it comes from
-
-| | |
-|---|---|
-{provenance}
-
-## What it holds
-
-{n_layers} directions of unit length and width {dim}; for each the mean difference's length along it
-(norm), and the mean projection of the states with the instruction (target) and without (baseline).
-
-| layer | norm | target | baseline |
-|---|---|---|---|
-{layers}
-"""
+TEMPLATE = ASSETS / "vector_card.md"
 
 
 def card(repo: str, metadata: Mapping[str, str], dim: int, rows: Iterable[Sequence[float]]) -> str:
@@ -52,7 +16,7 @@ def card(repo: str, metadata: Mapping[str, str], dim: int, rows: Iterable[Sequen
         f"| {layer} | " + " | ".join(f"{x:.3f}" for x in row) + " |"
         for layer, row in enumerate(rows)
     ]
-    return CARD.format(
+    return TEMPLATE.read_text(encoding="utf-8").format(
         base_model=f"base_model: {json.dumps(model)}\n" if on_hub else "",
         title=cell(metadata.get("name") or metadata.get("formula", "")) or repo.split("/")[-1],
         model=f"`{model}`" if model else "a language model",

@@ -4,7 +4,7 @@
                {"vector": "brief.safetensors", "layer": 2, "verb": "add", "weight": 4.0,
                 "where": [0, 64]}]}
 
-`vector` is a file, found from the plan's folder; `layer` and `verb` say which edit; `weight` is
+`vector` is a file, entries from the plan's folder; `layer` and `verb` say which edit; `weight` is
 for add, `alpha` and `target` for to_target, at_least and at_most; `where` is one of edits.WINDOWS
 or [first, stop]. What is left out has the verb's default.
 """
@@ -36,7 +36,7 @@ FORM = '{"edits": [...]}'
 def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") -> list[Edit]:
     """A plan's file, or its content as a dict -> its edits, in order.
 
-    Vectors' files are found from the plan's own folder, a dict's from `folder`. ValueError that
+    Vectors' files are entries from the plan's own folder, a dict's from `folder`. ValueError that
     names the key which is wrong, before any vector is read; FileNotFoundError.
     """
     if isinstance(source, Mapping):
@@ -54,11 +54,11 @@ def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """What JSON leaves open: a key that stands twice is an error."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [key for key, _ in pairs]
         raise ValueError(f"{next(k for k in names if names.count(k) > 1)!r} stands there twice")
-    return found
+    return entries
 
 
 def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
@@ -103,7 +103,7 @@ def check_entry(entry: Any, name: str) -> None:
         raise ValueError(f"{name}.verb is {verb!r}; it must be one of {', '.join(VERBS)}")
     kinds = {  # what a value must be, and whether it is
         "vector": ("a file's name", lambda v: isinstance(v, str | Path) and str(v)),
-        "layer": ("a whole number", lambda v: isinstance(v, Integral) and not is_truth(v)),
+        "layer": ("a whole number", lambda v: is_number(v, Integral)),
         "verb": ("a verb", lambda v: True),
         "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", is_window),
         **dict.fromkeys(VERBS[verb], ("a finite number", is_number)),
@@ -116,17 +116,14 @@ def check_entry(entry: Any, name: str) -> None:
             raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
 
 
-def is_truth(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
+def is_number(value: Any, kind: type = Real) -> bool:
+    """Of that kind, finite in float32, and not a truth value, which Python takes for a number."""
     largest = torch.finfo(torch.float32).max
-    return isinstance(value, Real) and not is_truth(value) and abs(value) <= largest
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= largest
 
 
 def is_window(value: Any) -> bool:
-    if isinstance(value, Sequence) and any(map(is_truth, value)):
+    if isinstance(value, Sequence) and any(isinstance(end, bool) for end in value):
         return False
     try:
         return bool(window(value))

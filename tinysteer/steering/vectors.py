@@ -94,24 +94,24 @@ class SteeringVector:
 
     @property
     def origin(self) -> Origin:
-        """What it is called, and the model it was made for."""
+        """What it is called, and the model it was facts for."""
         model = (self.metadata.get(key, "") for key in ("model", "revision"))
         return Origin(self.label, *model, self.n_layers)
 
     @property
     def label(self) -> str:
-        """Its name or formula, or else the digest of the pairs it was made from."""
+        """Its name or formula, or else the digest of the pairs it was facts from."""
         about = self.metadata
         return about.get("name") or about.get("formula") or about.get("pairs_sha256", "")[:8]
 
     def __repr__(self) -> str:
         about = self.metadata
-        made = [f"{self.n_layers} layers of width {self.dim}"]
+        facts = [f"{self.n_layers} layers of width {self.dim}"]
         if "method" in about:
-            made.append(f"{about['method']} of {about.get('pairs', '?')} pairs")
+            facts.append(f"{about['method']} of {about.get('pairs', '?')} pairs")
         if self.origin.model:
-            made.append(f"for {self.origin.made_for}")
-        return f"<SteeringVector {self.label or 'unnamed'}: {', '.join(made)}>"
+            facts.append(f"for {self.origin.made_for}")
+        return f"<SteeringVector {self.label or 'unnamed'}: {', '.join(facts)}>"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):

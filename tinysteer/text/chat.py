@@ -1,7 +1,7 @@
 """Chat templates: Jinja text that comes with a model, so an untrusted program, rendered in bounds.
 
 Jinja's immutable sandbox keeps a template from Python; it does not keep it from looping for hours
-or asking for all memory. So it runs in a child process (sandbox.py), which is started at the
+or asking for all memory. So it runs in a child process (chat_sandbox.py), which is started at the
 first chat, killed when it takes too long, and ends with its parent.
 """
 

@@ -1,4 +1,4 @@
-"""The child process of template.py: renders chat templates in Jinja's sandbox, within bounds.
+"""The child process of chat.py: renders chat templates in Jinja's sandbox, within bounds.
 
 Run as a script, so that it holds nothing but the standard library and Jinja. Reads one JSON line
 [template, variables] at a time and answers with one, [text, error].
