@@ -37,6 +37,11 @@ class Gpus:
 
         return Graph()
 
+    def Event(self):  # noqa: N802
+        return SimpleNamespace(
+            record=lambda: self.log.append("told"), synchronize=lambda: self.log.append("waited")
+        )
+
     def graph_pool_handle(self):
         self.n_pools += 1
         return self.n_pools
@@ -120,6 +125,7 @@ def test_two_threads_never_capture_at_once_nor_use_a_stream_that_is_captured(gpu
         try:
             kept.append(graphs(lambda: time.sleep(0.01)))
             with graphs.on_stream(torch.device("cuda:0")):
+                time.sleep(0.015)
                 assert not gpus.capturing
         except AssertionError as error:
             errors.append(error)
@@ -171,6 +177,23 @@ def test_all_work_is_on_the_pools_stream_which_waits_and_is_waited_for(model, gp
         assert logged(taken) == ["replay on own 1"]
         assert logged(taken.read) == logged(taken.end, 0) == []
     assert decodings.captured == 1
+
+
+class OnACard(torch.Tensor):
+    is_cuda = True
+
+
+def test_tokens_are_read_into_the_hosts_memory_and_waited_for(model, gpus, monkeypatch):
+    taken, empty = step.Decoding(model.decoder, 2, 40), torch.empty
+    taken.begin(torch.tensor([[5, 6], [7, 8]]), torch.tensor([0, 0]), [4, 4], edits=[[], []])
+    expected = taken.read()()
+    taken.chosen = taken.chosen.as_subclass(OnACard)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **how: empty(*sizes, **how))
+    with torch.device("meta"):
+        wait = taken.read()
+    assert gpus.log == ["told"]
+    assert wait() == expected
+    assert gpus.log == ["told", "waited"]
 
 
 def test_weights_at_the_same_address_of_another_gpu_are_others():

@@ -32,8 +32,8 @@ def extracted(model, **options):
     return v.directions, v.norms, v.targets, v.baselines
 
 
-def explained(model):
-    (one, *_) = model.explain(PROMPTS, edits(model), max_new_tokens=3, chat=False)
+def explained(model, steer=None):
+    (one, *_) = model.explain(PROMPTS, steer, max_new_tokens=3, chat=False)
     return str(one), one.d
 
 
@@ -45,8 +45,11 @@ def captured(model, steer=None, **options):
 
 
 def sliding(model):
+    """Other layers, and of a captured step other numbers alone."""
     v = vector(model)
-    return [*model.stream(PROMPTS, lambda n: [v.at(1 + n // 4).add(weight=1.0 * n)], **OPTIONS)]
+    weights = captured(model, lambda n: [v.at(1).add(weight=1.0 * n)])
+    layers = model.stream(PROMPTS, lambda n: [v.at(1 + n // 4).add(weight=1.0 * n)], **OPTIONS)
+    return weights, [*layers]
 
 
 VERBS = {
@@ -60,6 +63,7 @@ VERBS = {
     "logits": lambda m: m.logits(IDS, edits(m)),
     "residuals": lambda m: m.residuals(IDS, edits(m)),
     "explain": explained,
+    "explain, steered": lambda m: explained(m, edits(m)),
     "extract": extracted,
     "extract, pca": lambda m: extracted(m, method="pca"),
     "random_like": lambda m: vector(m).random_like(3).directions,
@@ -85,6 +89,7 @@ def test_surroundings_change_no_result(variant, surroundings, checkpoint):
     folder = checkpoint(next(name for name in VARIANTS if name == variant))[0]
     model = ts.load(folder, dtype="float32")
     expected = {name: verb(model) for name, verb in VERBS.items()}
+    nearest.cache_clear()
     with SURROUNDINGS[surroundings]():
         loaded = ts.load(folder, dtype="float32", device="cpu")
         for name, verb in VERBS.items():
