@@ -111,13 +111,14 @@ class Steering:
     ):
         distinct = {id(row): row for row in rows}  # rows may share one list
         edits = [edit for row in distinct.values() for edit in row]
-        unique = {place_of(edit): edit.direction for edit in edits}
+        unique = {direction_key(edit): edit.direction for edit in edits}
         index = {key: i for i, key in enumerate(unique)}
-        bank = torch.stack([u.to("cpu", dtype) for u in unique.values()] or [torch.zeros(0)])
+        bank = [u.to("cpu", dtype) for u in unique.values()] or [torch.zeros(0, device="cpu")]
+        bank = torch.stack(bank)
         moves: dict[int, dict[int, list[kernels.Edit]]] = {}  # layer, id of a row
         for key, row in distinct.items():
             for edit in row:
-                move = edit.move._replace(index=index[place_of(edit)])
+                move = edit.move._replace(index=index[direction_key(edit)])
                 moves.setdefault(edit.layer, {}).setdefault(key, []).append(move)
         none: list[kernels.Edit] = []
         self.bank, self.tables = bank.to(device), {}
@@ -175,8 +176,8 @@ class Fixed(Steering):
                 places.append((edit.layer, b, slots[edit.layer]))
                 moves.append([getattr(edit.move, name) for name in names])
                 slots[edit.layer] += 1
-        layer, b, k = torch.tensor(places).T
-        columns = torch.tensor(moves, dtype=torch.float64).T  # int32 and float32 alike fit
+        layer, b, k = torch.tensor(places, device="cpu").T
+        columns = torch.tensor(moves, dtype=torch.float64, device="cpu").T  # int32 fits
         for name, table, column in zip(names, tables, columns, strict=True):
             table[layer, b, k] = column.to(table.dtype)
             send(table, getattr(self.stack, name))
@@ -191,14 +192,14 @@ class Fixed(Steering):
         return part
 
 
-def place_of(edit: Edit) -> tuple:
+def direction_key(edit: Edit) -> tuple:
     """Where a direction lies in memory: `at` makes another view of it each time."""
     return edit.direction.data_ptr(), edit.direction.stride()
 
 
 def structure(rows: Sequence[Sequence[Edit]]) -> list:
     """What of edits is more than numbers: each row's layers and directions, and what they read."""
-    return [[(e.layer, *place_of(e), e.move.slope != 0) for e in row] for row in rows]
+    return [[(e.layer, *direction_key(e), e.move.slope != 0) for e in row] for row in rows]
 
 
 def send(source: Tensor, target: Tensor) -> None:
