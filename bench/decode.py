@@ -34,7 +34,8 @@ from shapes import SHAPES, cache_bytes, draw, shrunk, weight_bytes
 from stepped import IDLE, OFF, ONE, Replay, Way, change, every, placed, steps_a_replay, verify
 from timing import Times, measure, record
 
-from tinysteer.decoding.stepping import Capture, CudaGraphs
+from tinysteer.decoding.pool import CudaGraphs
+from tinysteer.decoding.step import Capture
 from tinysteer.model.decoder import Decoder
 
 LLAMA = "Llama-3.1-8B"

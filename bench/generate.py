@@ -46,7 +46,7 @@ def edits_for(model) -> list:
 def run_ours(ours, ids, edits):
     rows = [TextStream(ours.tokenizer.decode, N_TOKENS) for _ in ids]
     edits = per_row(edits, len(ids))
-    for _ in generation.decode(ours.steps, ids, rows, lambda n: edits):
+    for _ in generation.decode(ours.pool, ids, rows, lambda n: edits):
         pass
     return [row.ids for row in rows]
 

@@ -30,7 +30,7 @@ from shapes import SHAPES, draw, shrunk
 from stepped import Run, random_edits, random_prompts, run
 from timing import difference, record
 
-from tinysteer.decoding.stepping import Steps
+from tinysteer.decoding.pool import DecodingPool
 from tinysteer.model.decoder import Decoder
 from tinysteer.steering.edits import Edit
 
@@ -70,32 +70,32 @@ WAYS = [
 
 
 def first_texts(
-    steps: Steps, prompts: torch.Tensor, n_tokens: int
+    pool: DecodingPool, prompts: torch.Tensor, n_tokens: int
 ) -> tuple[dict[Way, list[list[Edit]]], dict[Way, torch.Tensor], dict[Way, float]]:
     """Of each way its edits, the tokens (B, n_tokens) of a first run, the share as without a graph.
 
     AssertionError for tokens that are none, and for edits that leave all texts as they were.
     """
-    edits = {way: way.edits(steps.decoder, len(prompts)) for way in WAYS}
-    said = {way: run(steps, prompts, n_tokens, edits[way]).ids for way in WAYS}
+    edits = {way: way.edits(pool.decoder, len(prompts)) for way in WAYS}
+    said = {way: run(pool, prompts, n_tokens, edits[way]).ids for way in WAYS}
     same = {}
     for way, ids in said.items():
         assert (ids >= 0).all(), f"{way.name}: logits are not finite"
         assert way is WAYS[0] or (ids != said[WAYS[0]]).any(), f"{way.name} changes no text"
-        launched = run(steps, prompts, n_tokens, edits[way], graph=False).ids
+        launched = run(pool, prompts, n_tokens, edits[way], graph=False).ids
         same[way] = float((launched == ids).float().mean())
     return edits, said, same
 
 
 def rounds(
-    steps: Steps, prompts: torch.Tensor, n_tokens: int, edits: dict, n: int
+    pool: DecodingPool, prompts: torch.Tensor, n_tokens: int, edits: dict, n: int
 ) -> dict[Way, list[Run]]:
     """n runs of each way, in turn. AssertionError where one of them captures a graph."""
-    runs, captured = {way: [] for way in WAYS}, steps.captured
+    runs, captured = {way: [] for way in WAYS}, pool.captured
     for _ in range(n):
         for way in WAYS:
-            runs[way].append(run(steps, prompts, n_tokens, edits[way]))
-            assert steps.captured == captured, f"{way.name} was captured again"
+            runs[way].append(run(pool, prompts, n_tokens, edits[way]))
+            assert pool.captured == captured, f"{way.name} was captured again"
     return runs
 
 
@@ -159,13 +159,13 @@ def check() -> None:
     from dispatch import Tape
 
     decoder = draw(shrunk(SHAPES[MODEL]), "cpu", torch.float32)
-    steps, prompts = Steps(decoder, Tape), random_prompts(decoder.config, 12, 5)
-    edits, said, same = first_texts(steps, prompts, 10)
+    pool, prompts = DecodingPool(decoder, Tape), random_prompts(decoder.config, 12, 5)
+    edits, said, same = first_texts(pool, prompts, 10)
     assert set(same.values()) == {1.0}, same
-    found = results(rounds(steps, prompts, 10, edits, 2), said, same, lambda _, **result: result)
+    found = results(rounds(pool, prompts, 10, edits, 2), said, same, lambda _, **result: result)
     text = shown(found)
     assert all(r["again"] == 1 for r in found), text
-    print(f"{len(WAYS)} ways: tokens as without a graph and again, {steps.captured} graphs\n")
+    print(f"{len(WAYS)} ways: tokens as without a graph and again, {pool.captured} graphs\n")
 
 
 @torch.inference_mode()
@@ -178,16 +178,16 @@ def main() -> None:
         return print("No GPU is here: all was checked on the CPU, nothing was timed.")
     begin = time.perf_counter()
     decoder = draw(SHAPES[MODEL], "cuda", torch.bfloat16)
-    steps, prompts = Steps(decoder), random_prompts(decoder.config, B, PROMPT)
-    run(steps, prompts, N_TOKENS)
+    pool, prompts = DecodingPool(decoder), random_prompts(decoder.config, B, PROMPT)
+    run(pool, prompts, N_TOKENS)
     ready = time.perf_counter() - begin
-    edits, said, same = first_texts(steps, prompts, N_TOKENS)
+    edits, said, same = first_texts(pool, prompts, N_TOKENS)
     print(f"{ready:.1f} s to the end of the first texts, weights drawn", flush=True)
     print(f"{time.perf_counter() - begin:.0f} s to the end of every way's", flush=True)
-    runs = rounds(steps, prompts, N_TOKENS, edits, ROUNDS)
+    runs = rounds(pool, prompts, N_TOKENS, edits, ROUNDS)
     print("", shown(results(runs, said, same, record)), sep="\n", end="\n\n")
     gb, minutes = torch.cuda.max_memory_reserved() / 1e9, (time.perf_counter() - begin) / 60
-    print(f"{steps.captured} graphs, {gb:.1f} GB at the peak, {minutes:.1f} minutes")
+    print(f"{pool.captured} graphs, {gb:.1f} GB at the peak, {minutes:.1f} minutes")
     return None
 
 

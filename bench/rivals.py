@@ -34,7 +34,8 @@ from stepped import Run, finish, random_edits, random_prompts, run
 from tinysteer_kernels import attention, gating, residual
 from torch import Tensor, nn
 
-from tinysteer.decoding.stepping import Capture, Steps
+from tinysteer.decoding.pool import DecodingPool
+from tinysteer.decoding.step import Capture
 from tinysteer.loading.families import FAMILIES
 from tinysteer.model.decoder import Cache, Decoder, Seam, unsteered
 
@@ -193,8 +194,11 @@ def ways(
             w, V = [edit.move.bias for edit in here], [edit.direction for edit in here]
             vectors.append((torch.tensor(w).to(weight), torch.stack(V).to(weight)))
     backend, capturing = ("inductor", capture) if weight.is_cuda else ("aot_eager", called)
-    by_hooks = Steps(Instead(decoder, hooked(vectors)) if steered else decoder)
-    compiled, ours = Steps(Compiled(decoder, vectors, backend), capturing), Steps(decoder, capture)
+    by_hooks = DecodingPool(Instead(decoder, hooked(vectors)) if steered else decoder)
+    compiled, ours = (
+        DecodingPool(Compiled(decoder, vectors, backend), capturing),
+        DecodingPool(decoder, capture),
+    )
 
     def by_compiler() -> Run:
         with formulas():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tinysteer.decoding.generation import tokens_of
-from tinysteer.decoding.stepping import BROKEN, Capture, Step, Steps
+from tinysteer.decoding.pool import DecodingPool
+from tinysteer.decoding.step import BROKEN, Capture, Decoding
 from tinysteer.model.config import Config
 from tinysteer.model.decoder import Decoder
 from tinysteer.steering.edits import Direction, Edit
@@ -81,9 +82,9 @@ def every(K: int, verb: str, own: bool = False) -> Way:
     return Way(f"K {K}, {verb}{', own' * own}", K, verb, own)
 
 
-def placed(decoder: Decoder, B: int, context: int, capture: Capture) -> Step:
+def placed(decoder: Decoder, B: int, context: int, capture: Capture) -> Decoding:
     """A step whose B rows are never done, with `context` columns of random keys and values."""
-    step = Step(decoder, B, context, capture)
+    step = Decoding(decoder, B, context, capture)
     start = torch.zeros(B, dtype=torch.long)
     step.begin(random_prompts(decoder.config, B, 1), start, [context - 1] * B)
     step.left.fill_(1 << 60)
@@ -99,7 +100,7 @@ class Replay:
     ends at the cache's last column.
     """
 
-    def __init__(self, step: Step, edits: list[list[Edit]]):
+    def __init__(self, step: Decoding, edits: list[list[Edit]]):
         self.step, self.n_calls = copy.copy(step), 1
         self.first = random_prompts(step.decoder.config, step.rows, 1).to(step.device)
         self.step.steering, self.step.graphs, self.step.edits = {}, {}, None
@@ -189,7 +190,7 @@ class Run(NamedTuple):
 
 @torch.inference_mode()
 def run(
-    steps: Steps,
+    pool: DecodingPool,
     prompts: Tensor,
     n_tokens: int,
     edits: Sequence[Sequence[Edit]] = (),
@@ -197,9 +198,9 @@ def run(
 ) -> Run:
     """prompts (B, T), each row as long: as `generation.decode` does, but for making text of it."""
     (B, T), chosen = prompts.shape, []
-    finish(steps.decoder)
+    finish(pool.decoder)
     begin = time.perf_counter()
-    with steps.take(B, T + n_tokens, graph) as step:
+    with pool.take(B, T + n_tokens, graph) as step:
         start = torch.zeros(B, dtype=torch.long)
         step.begin(prompts, start, [n_tokens] * B, frozenset(), edits)
         for tokens in tokens_of(step, n_tokens, lambda n: edits):

@@ -424,10 +424,13 @@ def test_the_lens_shows_the_token_that_a_direction_is(tiny, tmp_path):
 
 
 def test_judges_say_how_varied_a_text_is():
-    assert quality.distinct("", "a b a b") == pytest.approx(2 / 3)
-    assert quality.distinct("", "alone") == 1.0
-    said = quality.judged(["p", "q"], ["a b c a b c", "x y z"], {"its": quality.repeats})
-    assert said == {"its": [pytest.approx(0.25), 0.0]}
+    assert quality.distinct("a b a b") == pytest.approx(2 / 3)
+    assert quality.distinct("alone") == 1.0
+    said = quality.judged(["p", "q"], ["a b c a b c", "x y z"])
+    assert said == {
+        "repetition": [pytest.approx(0.25), 0.0],
+        "distinct-2": [pytest.approx(0.6), 1.0],
+    }
 
 
 def test_a_judge_of_ones_own_is_asked_for_each_answer(lab, brief, tmp_path):

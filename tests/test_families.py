@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-import transformers
 from checkpoints import SIZES, VARIANTS, longrope
 
 from tinysteer.loading.families import FAMILIES, read_config
 from tinysteer.model.decoder import Decoder
 
+transformers = pytest.importorskip("transformers")
 CONFIG_CLASSES = {
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,

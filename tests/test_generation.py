@@ -268,6 +268,7 @@ def test_a_longer_run_draws_the_same_numbers_at_first():
 
 def test_sampling_settings_equal_those_of_transformers():
     """top_k, then top_p of what is left, then min_p, as transformers' logits processors."""
+    pytest.importorskip("transformers")
     from transformers.generation import logits_process as theirs
 
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tinysteer as ts
 from tinysteer.decoding.sampling import Sampler
-from tinysteer.decoding.stepping import Step
+from tinysteer.decoding.step import Decoding
 from tinysteer.inspection import footprint
 from tinysteer.model.decoder import Decoder
 
@@ -56,7 +56,7 @@ def test_memory_is_as_foretold(variant, checkpoint):
     made = []
 
     def decode():
-        made.append(step := Step(decoder, ROWS, COLUMNS, capture=Tape))
+        made.append(step := Decoding(decoder, ROWS, COLUMNS, capture=Tape))
         tokens = torch.randint(3, 200, (ROWS, PROMPT))
         start = torch.zeros(ROWS, dtype=torch.long)
         step.begin(tokens, start, [4] * ROWS, edits=edits, sampler=sampler)

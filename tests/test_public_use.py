@@ -1,6 +1,8 @@
 """The kernels without tinysteer: in a transformers hook, in a split residual, from a hub."""
 
 import importlib.metadata
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tinysteer_kernels import Move, add_steer_norm, compile_moves, steer
 from tinysteer.steering.edits import Edit as LayerEdit
 
 LAYERS = (1, 3)
+KERNELS = Path(__file__).parents[1] / "kernels"
 
 
 @pytest.fixture
@@ -105,18 +108,32 @@ def has_kernels() -> bool:
         return False
 
 
+def as_built(folder: Path) -> Path:
+    """The package in `folder` as a repository of the Hub holds it: a variant for each backend."""
+    variant = folder / "build" / "torch-cpu"
+    shutil.copytree(KERNELS / "tinysteer_kernels", variant / "tinysteer_kernels")
+    about = json.loads((KERNELS / "metadata.json").read_text())
+    about |= {"id": "tinysteer_kernels_built", "backend": {"type": "cpu"}}
+    (variant / "metadata.json").write_text(json.dumps(about))
+    return folder
+
+
+LAYOUTS = {"clone": lambda folder: KERNELS, "built": as_built}
+
+
 @pytest.mark.skipif(not has_kernels(), reason="needs Hugging Face's kernels: pip install kernels")
-def test_hugging_faces_kernels_library_loads_the_package(bank, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hugging_faces_kernels_library_loads_the_package(layout, bank, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from kernels import get_local_kernel
 
-    loaded = get_local_kernel(Path(__file__).parents[1] / "kernels")
+    loaded = get_local_kernel(LAYOUTS[layout](tmp_path))
     assert loaded.steer is not steer
     x = torch.zeros(1, 1, bank.shape[1])
     tables = loaded.compile_moves(bank, [[loaded.Move(1, bias=2.0)]])
     torch.testing.assert_close(loaded.steer(x, bank, tables)[0, 0], 2 * bank[1])
-    ops = [name for name in ("", "_universal") if hasattr(torch.ops, f"tinysteer_kernels{name}")]
-    assert ops == ["", "_universal"], "each copy has ops of its own"
+    names = ["tinysteer_kernels", f"tinysteer_kernels_{layout}"]
+    assert all(hasattr(torch.ops, name) for name in names), "each copy has ops of its own"
     x = torch.zeros(1, 1, bank.shape[1])  # and the installed one still works beside it
     tables = compile_moves(bank, [[Move(1, bias=2.0)]])
     torch.testing.assert_close(steer(x, bank, tables)[0, 0], 2 * bank[1])

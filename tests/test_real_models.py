@@ -7,7 +7,7 @@ from oracle import hooked, last_states, would_say
 
 import tinysteer as ts
 from tinysteer.decoding import generation
-from tinysteer.decoding.stepping import Steps
+from tinysteer.decoding.pool import DecodingPool
 from tinysteer.model.decoder import Cache
 from tinysteer.steering.batch import per_row
 from tinysteer.text.streaming import TextStream
@@ -28,12 +28,12 @@ N_TOKENS = 64
 SUFFIX = " Be extremely concise."
 
 
-def answers(model, prompts, steer=None, n_tokens=N_TOKENS, steps=None) -> list[list[int]]:
+def answers(model, prompts, steer=None, n_tokens=N_TOKENS, pool=None) -> list[list[int]]:
     """Greedy token ids of one batch, stop ids left out."""
     rows = [TextStream(model.tokenizer.decode, n_tokens, model.tokenizer.stop_ids) for _ in prompts]
     ids = [model.tokenizer.chat(prompt) for prompt in prompts]
     edits = per_row(steer, len(prompts))
-    for _ in generation.decode(steps or model.steps, ids, rows, lambda n: edits):
+    for _ in generation.decode(pool or model.pool, ids, rows, lambda n: edits):
         pass
     return [row.ids for row in rows]
 
@@ -77,7 +77,7 @@ def test_greedy_tokens_are_those_of_transformers(real_pair, singles):
 def test_a_batch_of_eight_gives_the_texts_of_eight_single_runs(real_pair, singles):
     ours, _ = real_pair
     assert answers(ours, PROMPTS) == singles
-    taped = Steps(ours.decoder, capture=Tape)
+    taped = DecodingPool(ours.decoder, capture=Tape)
     assert [row[:8] for row in singles] == answers(ours, PROMPTS, None, 8, taped)
     assert taped.captured == 1
     assert len({ours.tokenizer.decode(ids) for ids in singles}) == len(PROMPTS)
@@ -123,7 +123,7 @@ def test_steered_texts_are_those_of_hooks_on_transformers(real_pair, singles):
     ]
     prompts, n_tokens = PROMPTS[1:5], 48
     steered = answers(ours, prompts, rows, n_tokens)
-    taped = answers(ours, prompts, rows, 16, Steps(ours.decoder, capture=Tape))
+    taped = answers(ours, prompts, rows, 16, DecodingPool(ours.decoder, capture=Tape))
     assert taped == [answer[:16] for answer in steered]
     for prompt, row, answer in zip(prompts, rows, steered, strict=True):
         assert_greedy(ours, theirs, prompt, answer, row, n_tokens)

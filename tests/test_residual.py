@@ -155,6 +155,7 @@ def test_a_nan_row_stays_alone(run):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
 def test_the_norm_rounds_as_transformers_does(name, dtype):
+    pytest.importorskip("transformers")
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -47,7 +47,7 @@ def mean_residuals(
     Memory does not grow with the number of prompts. Keep the result to pair one set of base
     prompts with several instructions. ValueError for states that are not finite.
     """
-    total = torch.zeros(model.config.n_layers, model.config.dim)
+    total = torch.zeros(model.config.n_layers, model.config.dim, device="cpu")
     for places, states in run_prompts(model, prompts, chat, batch_size):
         counts = torch.tensor([len(place) for place in places], device=states.device)
         total += (states * counts[:, None]).sum(1).cpu()
@@ -59,7 +59,8 @@ def all_residuals(
     model: LanguageModel, prompts: Sequence[Prompt], chat: bool, batch_size: int
 ) -> Tensor:
     """What each prompt's last token carries after every block, (n_layers, N, D) on the CPU."""
-    states_of = torch.empty(model.config.n_layers, len(prompts), model.config.dim)
+    shape = model.config.n_layers, len(prompts), model.config.dim
+    states_of = torch.empty(shape, device="cpu")
     for places, states in run_prompts(model, prompts, chat, batch_size):
         for row, place in enumerate(places):
             states_of[:, place] = states[:, row, None].cpu()
@@ -98,7 +99,7 @@ def run_prompts(
 
 def last_residuals(model: LanguageModel, ids: Sequence[Sequence[int]]) -> Tensor:
     """Prompts as token ids -> the last token's residual after every block, (n_layers, B, D)."""
-    tokens, start = pad(ids)
+    tokens, start = pad(ids, model.decoder.multiple)
     cache = Cache(model.decoder, start, tokens.shape[1], tokens.shape[1])
     recorder = Recorder(model.config.n_layers, keep=slice(-1, None))
     model.decoder.prefill(tokens.to(model.device), cache, recorder)

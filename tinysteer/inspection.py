@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tinysteer.decoding.stepping import DIRECTIONS, EDITS
+from tinysteer.decoding.step import DIRECTIONS, EDITS
 from tinysteer.loading.checkpoint import load_config
 from tinysteer.loading.hub import fetch
 from tinysteer.model.config import Config
@@ -92,7 +92,7 @@ def footprint(
 
     itemsize: bytes of a weight. sampling: "greedy", or a `Sampler`'s kind. A captured step has its
     rows and columns rounded up; another batch's may be kept, cache and all, until it is of use
-    again (`model.steps.clear()`); and what a GPU's driver and libraries take comes on top.
+    again (`model.pool.clear()`); and what a GPU's driver and libraries take comes on top.
     """
     c, B, S, T = config, rows, columns, min(columns, CHUNK)
     heads, key_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim

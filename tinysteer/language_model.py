@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from tinysteer.decoding import generation
 from tinysteer.decoding.explanation import Explanation, explain
+from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.sampling import Sampler
-from tinysteer.decoding.stepping import Steps
 from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device, parse_dtype
 from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
 from tinysteer.model.config import Config
@@ -70,7 +70,7 @@ class LanguageModel:
 
     @decoder.setter
     def decoder(self, decoder: Decoder) -> None:
-        self._decoder, self.steps = decoder, Steps(decoder)
+        self._decoder, self.pool = decoder, DecodingPool(decoder)
 
     @property
     def config(self) -> Config:
@@ -143,15 +143,9 @@ class LanguageModel:
         for batch in tqdm(batches, "batches", leave=False, disable=None if batches[1:] else True):
             sampler = None
             if options.temperature:
-                sampler = Sampler(
-                    [seeds[i] for i in batch],
-                    max(limits[i] for i in batch),
-                    options.temperature,
-                    options.top_k,
-                    options.top_p,
-                    options.min_p,
-                    self.device,
-                )
+                draws = [seeds[i] for i in batch], max(limits[i] for i in batch)
+                cuts = options.top_k, options.top_p, options.min_p
+                sampler = Sampler(*draws, options.temperature, *cuts, self.device)
             streams = [
                 TextStream(self.tokenizer.decode, limits[i], self.tokenizer.stop_ids, stop)
                 for i in batch
@@ -161,15 +155,9 @@ class LanguageModel:
                 rows = edits(n)
                 return [rows[i] for i in batch]
 
-            pieces = generation.decode(
-                self.steps,
-                [ids[i] for i in batch],
-                streams,
-                of_batch,
-                sampler,
-                graph=options.graph,
-                fused=options.fused,
-            )
+            how = {"graph": options.graph, "fused": options.fused}
+            own = [ids[i] for i in batch]
+            pieces = generation.decode(self.pool, own, streams, of_batch, sampler, **how)
             for row, piece in pieces:
                 yield batch[row], piece
 
@@ -244,7 +232,8 @@ class LanguageModel:
             raise ValueError(
                 f"{T} tokens exceed the model's context of {self.config.context_length}"
             )
-        start = torch.zeros(B, dtype=torch.long) if start is None else start
+        if start is None:
+            start = torch.zeros(B, dtype=torch.long, device="cpu")
         if start.shape != (B,) or not 0 <= int(start.min()) <= int(start.max()) < T:
             raise ValueError(f"start must be ({B},) columns from 0 to {T - 1}, not {start}")
         prompt_length = T if prompt_length is None else prompt_length

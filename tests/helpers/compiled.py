@@ -94,6 +94,7 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*, num_warps, **arguments):
+            (self.grid,) = grid
             self.arguments = {name: arguments[name] for name in self.kernel.arg_names}
             self.n_warps = num_warps
 
@@ -109,26 +110,45 @@ def describe(value):
     return "constexpr" if value is None or value == 1 else "i32"
 
 
-def compile_as_launched(recorder: Recorder, capability: int):
-    """The recorded launch -> Triton's compiled kernel, and its arguments' names, * before pointers.
+def parameters(recorder: Recorder) -> dict[str, object]:
+    """What the compiled kernel is handed, tables one by one. * before pointers."""
+    handed = {}
+    for name, value in run_time(recorder).items():
+        if isinstance(value, Edits):
+            handed |= {f"*edits.{field}": table for field, table in value._asdict().items()}
+        else:  # no _ptr
+            handed[f"*{name[:-4]}" if isinstance(value, torch.Tensor) else name] = value
+    return handed
 
-    As in a launch, tensors are aligned and sizes that 16 divides are known to be.
-    """
-    signature, constants, aligned, names = {}, {}, [], []
+
+def run_time(recorder: Recorder) -> dict[str, object]:
+    """The arguments that are no constants."""
     constexprs = {p.name for p in recorder.kernel.params if p.is_constexpr}
+    return {
+        name: value
+        for name, value in recorder.arguments.items()
+        if name not in constexprs and describe(value) != "constexpr"
+    }
+
+
+def compile_as_launched(recorder: Recorder, capability: int):
+    """The recorded launch -> Triton's compiled kernel.
+
+    As in a launch, it is known which tensors are aligned and which sizes 16 divides.
+    """
+    given, signature, constants, aligned = run_time(recorder), {}, {}, []
     for i, (name, value) in enumerate(recorder.arguments.items()):
-        signature[name] = "constexpr" if name in constexprs else describe(value)
-        if signature[name] == "constexpr":
+        signature[name] = describe(value) if name in given else "constexpr"
+        if name not in given:
             constants[(i,)] = value
-        else:
-            names.append(f"*{name[:-4]}" if isinstance(value, torch.Tensor) else name)  # no _ptr
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-                aligned.append((i,))
+        elif isinstance(value, torch.Tensor):
+            aligned += [(i,)] * (value.data_ptr() % 16 == 0)
+        elif isinstance(value, int) and value % 16 == 0:
+            aligned.append((i,))
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(recorder.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(source, target=target, options={"num_warps": recorder.n_warps})
-    return kernel, names
+    return triton.compile(source, target=target, options={"num_warps": recorder.n_warps})
 
 
 def record(op, T, D, K, dtype, bank_dtype, post_norm, given=None) -> Recorder:
@@ -229,8 +249,8 @@ def main() -> None:
     launches |= {name: record_attention(*variant)[1] for name, variant in COMBINING.items()}
     launches |= {name: record_gating(*variant) for name, variant in GATING.items()}
     for name, recorder in launches.items():
-        kernel, pointers = compile_as_launched(recorder, capability)
-        ptx = kernel.asm["ptx"]
+        kernel = compile_as_launched(recorder, capability)
+        ptx, pointers = kernel.asm["ptx"], list(parameters(recorder))
         report[name] = machine_code(kernel) | {"loads": load_widths(ptx, pointers)}
         report[name]["kernel"] = recorder.kernel.__name__
         arguments = recorder.arguments.items()

@@ -41,6 +41,7 @@ class Tape(TorchDispatchMode):
         self.calls.append((function, *kept))  # what is put into a parameter later is not seen
         return results
 
+    @torch.autocast("cpu", enabled=False)  # a graph's types are settled
     def __call__(self):
         for function, args, kwargs, results in self.calls:
             again = function(*args, **kwargs)

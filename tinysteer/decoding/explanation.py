@@ -106,5 +106,5 @@ def explain_row(
         tokens=[names[t] if t in inside else None for t in range(end)],
         positions=[t - (prompt - 1) if t in inside else None for t in range(end)],
         edits=list(edits),
-        d=torch.stack(moved) if moved else torch.zeros(0, end),
+        d=torch.stack(moved) if moved else torch.zeros(0, end, device="cpu"),
     )

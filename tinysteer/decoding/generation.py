@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.sampling import Sampler
-from tinysteer.decoding.stepping import BROKEN, Step, Steps
+from tinysteer.decoding.step import BROKEN, Decoding
 from tinysteer.steering.edits import Edit
 from tinysteer.text.streaming import TextStream
 from tinysteer.text.tokenizer import pad
@@ -97,7 +98,7 @@ def check_lengths(
 
 @torch.inference_mode()
 def decode(
-    steps: Steps,
+    pool: DecodingPool,
     prompts: Sequence[Sequence[int]],
     rows: Sequence[TextStream],
     edits: Callable[[int], Sequence[Sequence[Edit]]],
@@ -110,10 +111,10 @@ def decode(
 
     edits: how many tokens were chosen so far -> the edits for the next, a list a row.
     """
-    tokens, start = pad(prompts)
+    tokens, start = pad(prompts, pool.decoder.multiple)
     limits = [row.limit for row in rows]
     stop_ids = frozenset().union(*(row.stop_ids for row in rows))
-    with steps.take(len(prompts), tokens.shape[1] + max(limits), graph) as step:
+    with pool.take(len(prompts), tokens.shape[1] + max(limits), graph) as step:
         step.begin(tokens, start, limits, stop_ids, edits(0), sampler, fused)
         for chosen in tokens_of(step, max(limits), edits):
             for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
@@ -121,7 +122,7 @@ def decode(
                     continue
                 if token == BROKEN:
                     raise ValueError(
-                        f"logits became NaN or infinite in {steps.decoder.embed.weight.dtype}: "
+                        f"logits became NaN or infinite in {pool.decoder.embed.weight.dtype}: "
                         "lower the weights of the edits, or load the model in bfloat16 or float32"
                     )
                 if piece := row.push(token):
@@ -133,7 +134,7 @@ def decode(
 
 
 def tokens_of(
-    step: Step, n_tokens: int, edits: Callable[[int], Sequence[Sequence[Edit]]]
+    step: Decoding, n_tokens: int, edits: Callable[[int], Sequence[Sequence[Edit]]]
 ) -> Iterator[list[int]]:
     """What each step chose. On a GPU the step after it is on its way before that is read."""
     waiting = deque([step.read()])

@@ -28,10 +28,11 @@ class Sampler:
         device: torch.device | str = "cpu",
     ):
         generators = [
-            torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+            torch.Generator("cpu").manual_seed(secrets.randbits(63) if seed is None else seed)
             for seed in seeds
         ]
-        draws = [torch.rand(n_draws, generator=g, dtype=torch.float64) for g in generators]
+        host = {"dtype": torch.float64, "device": "cpu"}
+        draws = [torch.rand(n_draws, generator=g, **host) for g in generators]
         self.draws = torch.stack(draws).to(device)  # (B, n_draws)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         cuts = (top_k, top_p, min_p)

@@ -7,7 +7,9 @@ Layer L is the residual stream after block L, counted from 0.
 """
 
 import copy
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -237,6 +239,25 @@ class Block(nn.Module):
         return x, self.mlp(y)
 
 
+@functools.cache
+def nearest(number: float, dtype: torch.dtype) -> float:
+    """The nearest number of that type. No tensor: a captured step copies none from the host."""
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
+
+
+def as_loaded(method: Callable) -> Callable:
+    """Without torch.autocast: a decoder rounds as the reference does, in its weights' type."""
+
+    @functools.wraps(method)
+    def inside(self, *arguments):
+        kind = self.embed.weight.device.type
+        on = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if on else nullcontext():
+            return method(self, *arguments)
+
+    return inside
+
+
 class Decoder(nn.Module):
     """tokens in, normed residual stream out; `logits` reads the vocabulary off it."""
 
@@ -250,11 +271,12 @@ class Decoder(nn.Module):
             nn.Identity() if config.tied else Linear(config.dim, config.vocab_size, bias=False)
         )
 
+    @as_loaded
     def forward(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
         """tokens (B, T), the cache's next columns -> (B, T, D) after the last norm."""
         views, position = cache.advance(tokens.shape[1])
         x = self.embed(tokens)
-        x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded, as in training
+        x = x * nearest(self.config.embed_scale, x.dtype)  # as in training
         y = self.blocks[0].attn_norm(x)
         after = [*(block.attn_norm for block in self.blocks[1:]), self.norm]
         for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
@@ -263,12 +285,18 @@ class Decoder(nn.Module):
             x, y = steer(x, delta, norms, layer, position)  # <- everything this library is about
         return y
 
+    @property
+    def multiple(self) -> int:
+        """What columns of prompts are padded to: cuDNN's attention plans anew for every length."""
+        return 64 if self.embed.weight.is_cuda else 1
+
     def prefill(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
         """`forward` in chunks -> the last position alone, (B, 1, D)."""
         for chunk in tokens.split(CHUNK, dim=1):
             x = self(chunk, cache, steer)
         return x[:, -1:]
 
+    @as_loaded
     def logits(self, x: Tensor) -> Tensor:
         """x (B, T, D) after the last norm -> (B, T, vocab_size) float32."""
         weight = self.embed.weight if self.config.tied else self.head.weight

@@ -37,7 +37,7 @@ class Rope:
 
         The first half of sin is negated, which is half of a rotation's work: see `attend`.
         """
-        angles = torch.arange(length)[:, None] * SCHEMES[self.scheme](self)[:, None]
+        angles = torch.arange(length, device="cpu")[:, None] * SCHEMES[self.scheme](self)[:, None]
         cos, sin = angles.cos() * self.table_scale, angles.sin() * self.table_scale
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -53,7 +53,7 @@ class Rope:
 
 def default(rope: Rope) -> Tensor:
     """Radians per position of each pair, (sets, R/2); one set but for LongRoPE."""
-    return 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2).float() / rope.dim)[None]
+    return 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, device="cpu").float() / rope.dim)[None]
 
 
 def linear(rope: Rope) -> Tensor:
@@ -71,7 +71,8 @@ def llama3(rope: Rope) -> Tensor:
 
 def longrope(rope: Rope) -> Tensor:
     """Each pair has its own factor, one for short texts and one for long (Phi-3 128k)."""
-    return default(rope) / torch.tensor([rope.short_factors, rope.long_factors])
+    factors = [rope.short_factors, rope.long_factors]
+    return default(rope) / torch.tensor(factors, device="cpu")
 
 
 SCHEMES = {"default": default, "linear": linear, "llama3": llama3, "longrope": longrope}

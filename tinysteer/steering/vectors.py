@@ -168,7 +168,8 @@ class SteeringVector:
         """
         if isinstance(seed, str):
             seed = zlib.crc32(seed.encode())
-        noise = torch.randn(self.directions.shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(self.directions.shape, generator=generator, device="cpu")
         directions = unit(noise) * (self.norms != 0)[:, None]
         baselines = (
             torch.zeros_like(self.norms) if without is None else (without * directions).sum(-1)

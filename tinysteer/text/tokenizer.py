@@ -125,11 +125,15 @@ class Tokenizer:
         return self.chat(prompt)
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> tokens (B, T), padded on the left, and the column each begins at (B,)."""
-    T = max(map(len, prompts))
-    start = torch.tensor([T - len(ids) for ids in prompts])
-    return torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in prompts]), start
+def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> tokens (B, T), padded on the left, and the column each begins at (B,).
+
+    T is the longest's length, rounded up to a multiple. Both on the CPU.
+    """
+    T = -(-max(map(len, prompts)) // multiple) * multiple
+    start = torch.tensor([T - len(ids) for ids in prompts], device="cpu")
+    rows = [[0] * (T - len(ids)) + list(ids) for ids in prompts]
+    return torch.tensor(rows, device="cpu"), start
 
 
 def names_token(key: str, value) -> bool:

@@ -13,8 +13,9 @@ from tinysteer_kernels.decode import attention, gating, use_kernels
 from tinysteer_kernels.devices import HAS_TRITON
 
 import tinysteer as ts
-from tinysteer.decoding import generation, stepping
-from tinysteer.decoding.stepping import Step, Steps, rounded_rows
+from tinysteer.decoding import generation, pool
+from tinysteer.decoding.pool import DecodingPool, rounded_rows
+from tinysteer.decoding.step import BROKEN, NOTHING, Decoding
 from tinysteer.model.decoder import Cache, Decoder
 from tinysteer.steering import batch
 from tinysteer.steering.batch import seam
@@ -31,7 +32,7 @@ def taped(model):
 
 
 def on_tape(model):
-    model.steps = Steps(model.decoder, capture=Tape)
+    model.pool = DecodingPool(model.decoder, capture=Tape)
     return model
 
 
@@ -67,7 +68,7 @@ def test_a_captured_step_gives_the_texts_of_the_simple_path(pair):
     on_tape(ours)
     assert complete(ours) == plain
     assert complete(ours, steer) == steered
-    assert ours.steps.captured == 2
+    assert ours.pool.captured == 2
     assert sum(a != b for a, b in zip(plain, steered, strict=True)) >= 1
 
 
@@ -81,7 +82,7 @@ def test_whatever_changes_the_graphs_stay(taped):
         ([b.at(L).to_target(target=2.0) for L in range(4)], {"max_new_tokens": 3}),
     ]
     texts = [complete(taped, steer, **options) for steer, options in calls]
-    assert taped.steps.captured == 2  # five edits of one row ask for wider tables than three do
+    assert taped.pool.captured == 2  # five edits of one row ask for wider tables than three do
     for (steer, options), text in zip(calls, texts, strict=True):
         assert complete(taped, steer, graph=False, **options) == text
     assert len({*map(tuple, texts)}) == 4
@@ -92,10 +93,10 @@ def test_a_captured_step_draws_as_the_simple_path_does(taped, cuts):
     options = {"temperature": 1.5, "seed": [3, 1, 4, 1, 5]} | cuts
     text = complete(taped, **options)
     assert text == complete(taped, graph=False, **options)
-    captured = taped.steps.captured
+    captured = taped.pool.captured
     options |= {"temperature": 0.7, "seed": 2}
     assert complete(taped, **options) == complete(taped, graph=False, **options) != text
-    assert taped.steps.captured == captured
+    assert taped.pool.captured == captured
 
 
 def test_stop_ids_end_rows_on_the_device_and_in_the_text_alike(taped):
@@ -103,11 +104,11 @@ def test_stop_ids_end_rows_on_the_device_and_in_the_text_alike(taped):
     for character in {*stream[2:7]}:
         taped.tokenizer.stop_ids = frozenset(taped.tokenizer.vocabulary.encode(character).ids[1:])
         assert complete(taped) == complete(taped, graph=False)
-    assert taped.steps.captured == 1
+    assert taped.pool.captured == 1
 
 
 def test_a_row_that_is_done_is_padding_from_then_on(model):
-    step = Step(model.decoder, 3, 40)
+    step = Decoding(model.decoder, 3, 40)
     tokens, start = torch.randint(3, 200, (3, 6)), torch.tensor([0, 2, 5])
     step.begin(tokens, start, [1, 3, 4], edits=[[], [], []])
     seen, read = [], [step.read()()]
@@ -117,7 +118,7 @@ def test_a_row_that_is_done_is_padding_from_then_on(model):
         read.append(step.read()())
     ids = torch.tensor(read).T
     assert (ids >= 0).tolist() == [[n < limit for n in range(4)] for limit in (1, 3, 4)]
-    assert (ids[ids < 0] == stepping.NOTHING).all()
+    assert (ids[ids < 0] == NOTHING).all()
     assert [at.tolist() for at in seen] == [[40, 2, 5], [40, 2, 5], [40, 40, 5]]
     assert step.cache.start.tolist() == [40, 40, 40]
     _, position = step.cache.advance(1)
@@ -125,7 +126,7 @@ def test_a_row_that_is_done_is_padding_from_then_on(model):
 
 
 def test_a_row_ended_by_the_host_stops_on_the_device(model):
-    step = Step(model.decoder, 2, 40)
+    step = Decoding(model.decoder, 2, 40)
     step.begin(torch.randint(3, 200, (2, 6)), torch.tensor([0, 2]), [9, 9], edits=[[], []])
     step.end(1)
     step()
@@ -137,12 +138,12 @@ def test_reading_late_changes_no_text(model, monkeypatch, lag):
     text, steer = complete(model, stop="a"), mixed(model)
     steered = complete(model, steer, stop="a")
 
-    class Late(Step):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+    class Late(Decoding):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             self.lag = lag
 
-    monkeypatch.setattr(stepping, "Step", Late)
+    monkeypatch.setattr(pool, "Decoding", Late)
     assert complete(model, stop="a") == text
     assert complete(model, steer, stop="a") == steered
 
@@ -186,7 +187,7 @@ def test_a_slider_acts_on_the_token_it_is_set_for(taped):
 def test_a_slider_of_weights_needs_one_graph(taped):
     v, w, *_ = vectors(taped)
     complete(taped, lambda n: [v.at(1 + n % 3).add(0.5 * n), w.at(2).to_target(target=float(n))])
-    assert taped.steps.captured == 1
+    assert taped.pool.captured == 1
 
 
 def test_a_slider_of_numbers_alone_sends_tables_alone(taped, monkeypatch):
@@ -240,19 +241,19 @@ def test_streams_may_be_interleaved(taped):
         for i, stream in enumerate(streams):
             texts[i] += next(stream, "")
     assert texts == alone
-    assert len(taped.steps.free) == 2
+    assert len(taped.pool.free) == 2
 
 
 def test_few_steps_are_kept_and_an_abandoned_one_comes_back(taped):
     options = {"chat": False, "max_new_tokens": 8}
     for n in (1, 2, 3, 5):
         taped.complete(PROMPTS[:n], **options)
-    assert [step.rows for step in taped.steps.free] == [6, 3]
+    assert [step.rows for step in taped.pool.free] == [6, 3]
     stream = taped.stream(PROMPTS[:3], **options)
     next(stream)
-    assert [step.rows for step in taped.steps.free] == [6]
+    assert [step.rows for step in taped.pool.free] == [6]
     stream.close()
-    assert [step.rows for step in taped.steps.free] == [3, 6]
+    assert [step.rows for step in taped.pool.free] == [3, 6]
 
 
 def test_weights_that_moved_ask_for_new_graphs(taped):
@@ -260,7 +261,7 @@ def test_weights_that_moved_ask_for_new_graphs(taped):
     for parameter in taped.decoder.parameters():
         parameter.data = parameter.data.clone()
     assert complete(taped) == text
-    assert taped.steps.captured == 2
+    assert taped.pool.captured == 2
 
 
 def test_nothing_of_a_broken_batch_stays(taped):
@@ -294,17 +295,16 @@ def test_ways_of_sampling_have_their_own_graphs(taped):
     ways = [{}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 1, "top_k": 3}, {}]
     for way in ways:
         assert complete(taped, **way) == complete(taped, graph=False, **way)
-    assert taped.steps.captured == 3
+    assert taped.pool.captured == 3
     complete(taped, fused=False)
-    assert taped.steps.captured == 4
+    assert taped.pool.captured == 4
 
 
 def test_it_does_not_matter_how_often_a_direction_is_written(taped):
     """`at` makes a new view each time; the bank holds its memory once."""
     (v, *_), layers = vectors(taped), range(4)
     complete(taped, [[v.at(L).add(1.0) for L in layers for _ in range(4)] for _ in PROMPTS])
-    steps = taped.steps
-    assert list(steps.free[0].steering) == [(4, 64)]
+    assert list(taped.pool.free[0].steering) == [(4, 64)]
     rows = [[v.at(L).add(1.0) for L in layers] for _ in range(50)]
     assert len(batch.Steering(rows).bank) == 4
 
@@ -324,8 +324,8 @@ def test_other_weights_or_another_decoder_ask_for_new_graphs(taped):
             linear.weight = torch.nn.Parameter(-linear.weight, requires_grad=False)
     other = complete(taped)
     assert other == complete(taped, graph=False) != text
-    assert taped.steps.captured == 2
-    assert len(taped.steps.free) == 1
+    assert taped.pool.captured == 2
+    assert len(taped.pool.free) == 1
     decoder, taped.decoder = taped.decoder, Decoder(taped.config).requires_grad_(False)
     taped.decoder.load_state_dict(decoder.state_dict())
     taped.decoder.embed.weight.neg_()
@@ -334,8 +334,8 @@ def test_other_weights_or_another_decoder_ask_for_new_graphs(taped):
 
 def test_steps_that_wait_can_be_let_go(taped):
     complete(taped)
-    taped.steps.clear()
-    assert taped.steps.free == []
+    taped.pool.clear()
+    assert taped.pool.free == []
 
 
 def test_while_a_batch_runs_fewer_steps_wait(taped):
@@ -344,27 +344,27 @@ def test_while_a_batch_runs_fewer_steps_wait(taped):
         taped.complete(PROMPTS[:n], **options)
     stream = taped.stream(PROMPTS[:3], **options)
     next(stream)
-    assert len(taped.steps.free) == 1
+    assert len(taped.pool.free) == 1
 
 
 def test_without_memory_for_another_step_the_waiting_ones_go(taped, monkeypatch):
     plain = complete(taped, prompts=PROMPTS[:2], graph=False)
     complete(taped)
-    make, sizes = stepping.Step, []
+    make, sizes = pool.Decoding, []
 
-    def scarce(*arguments):
-        sizes.append(len(taped.steps.free))
+    def scarce(*arguments, **options):
+        sizes.append(len(taped.pool.free))
         if sizes[-1]:
             raise torch.OutOfMemoryError
-        return make(*arguments)
+        return make(*arguments, **options)
 
-    monkeypatch.setattr(stepping, "Step", scarce)
+    monkeypatch.setattr(pool, "Decoding", scarce)
     assert complete(taped, prompts=PROMPTS[:2]) == plain
     assert sizes == [1, 0]
 
 
 def test_stops_limits_and_spare_rows_are_told_on_the_device(taped):
-    step = Step(taped.decoder, 4, 64, capture=Tape)
+    step = Decoding(taped.decoder, 4, 64, capture=Tape)
     tokens, start = torch.randint(3, 200, (2, 6)), torch.tensor([0, 2])
     step.begin(tokens, start, [9, 9], edits=[[], []])
     assert step.left.tolist() == [8, 8, 0, 0]
@@ -374,19 +374,19 @@ def test_stops_limits_and_spare_rows_are_told_on_the_device(taped):
     step.begin(tokens, start, [9, 9], stops, edits=[[], []])
     assert step.left.tolist() == [8 * (first != second), 0, 0, 0]
     step()
-    assert step.read()()[1] == stepping.NOTHING
+    assert step.read()()[1] == NOTHING
 
 
 def test_a_row_that_broke_says_so_once_and_others_go_on(model):
-    step = Step(model.decoder, 3, 64)
+    step = Decoding(model.decoder, 3, 64)
     step.begin(torch.randint(3, 200, (3, 6)), torch.tensor([0, 0, 0]), [9, 1, 9], edits=[[]] * 3)
     step.cache.k[0, :2] = float("nan")  # of rows 0 and 1, which is done
     seen = []
     for _ in range(2):
         step()
         seen.append(step.read()())
-    assert [row[0] for row in seen] == [stepping.BROKEN, stepping.NOTHING]
-    assert [row[1] for row in seen] == [stepping.NOTHING] * 2
+    assert [row[0] for row in seen] == [BROKEN, NOTHING]
+    assert [row[1] for row in seen] == [NOTHING] * 2
     assert all(row[2] >= 0 for row in seen)
 
 
@@ -406,42 +406,6 @@ def test_without_a_graph_attention_looks_at_blocks_of_what_is_filled(model):
     assert reaches == [64, 64, 64, 100, 100]
 
 
-def test_graphs_are_made_and_tokens_read_on_the_models_own_gpu(monkeypatch, model):
-    """The calls of torch.cuda, on a machine that may have none: their order, device and stream."""
-    told = []
-
-    class Told:
-        def __init__(self, name):
-            self.name = name
-
-        def __call__(self, *arguments, **options):
-            told.append(self.name)
-            return Told(f"{self.name}()")
-
-        def __getattr__(self, name):
-            return Told(f"{self.name}.{name}")
-
-        def __enter__(self):
-            told.append(f"in {self.name}")
-
-        def __exit__(self, *error):
-            told.append(f"out {self.name}")
-
-    monkeypatch.setattr(torch, "cuda", Told("cuda"))
-    step = Step(model.decoder, 1, 40, capture=stepping.CudaGraphs())
-    step.begin(torch.tensor([[5, 6, 7]]), torch.tensor([0]), [4], edits=[[]])
-    monkeypatch.setattr(step, "device", torch.device("cuda:1"))
-    monkeypatch.setattr(step, "_run", lambda: told.append("run"))
-    step()
-    step()
-    made = [name for name in told if name in ("run", "cuda.graph_pool_handle", "cuda.Stream")]
-    assert made == ["cuda.graph_pool_handle", "cuda.Stream", "run", "run"]
-    replay = "cuda.CUDAGraph().replay"
-    first = told.index("run")
-    assert told[first + 1 : first + 5] == ["cuda.CUDAGraph", "cuda.graph", "in cuda.graph()", "run"]
-    assert told[-4:] == ["cuda.device", "in cuda.device()", replay, "out cuda.device()"]
-
-
 class Sizes(Calls):
     """Bytes of every tensor that is made."""
 
@@ -453,7 +417,7 @@ class Sizes(Calls):
 
 
 def test_a_step_allocates_nothing_that_grows(model):
-    step = Step(model.decoder, 2, Cache.BLOCK)
+    step = Decoding(model.decoder, 2, Cache.BLOCK)
     rows = mixed(model)[1:3]
     step.begin(torch.randint(3, 200, (2, 6)), torch.tensor([0, 2]), [40, 40], edits=rows)
     made = []

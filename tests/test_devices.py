@@ -1,0 +1,33 @@
+"""What is said where a GPU is there and Triton is not."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tinysteer_kernels import devices
+
+GPU = SimpleNamespace(is_cuda=True)  # all that is asked of a tensor
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    monkeypatch.setattr(devices, "HAS_TRITON", False)
+    devices.tell_of_triton.cache_clear()
+    yield
+    devices.tell_of_triton.cache_clear()
+
+
+def test_a_gpu_without_triton_is_told_of_once(without_triton):
+    with pytest.warns(UserWarning, match=r'need Triton.* pip install "tinysteer\[gpu\]"') as told:
+        assert [devices.serves(GPU) for _ in range(2)] == [False, False]
+    assert len(told) == 1
+
+
+def test_who_wants_no_kernel_hears_nothing(without_triton):
+    with warnings.catch_warnings(), devices.fusing(False):
+        warnings.simplefilter("error")
+        assert not devices.serves(GPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not devices.serves(torch.zeros(1))
