@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from timing import Graph, poison
-from tinysteer_kernels import Edit, Edits, compile_edits
+from tinysteer_kernels import Move, MoveTables, compile_moves
 from torch import Tensor
 
 EPS = 1e-6
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     delta: Tensor
     weight: Tensor  # (D,)
     bank: Tensor  # (N, D)
-    edits: dict[str, Edits]
+    tables: dict[str, MoveTables]
     position: Tensor  # (B, T), 0 in the middle
     weights: Tensor  # (B, K)
     index: Tensor  # (B, K) int64
@@ -101,29 +101,26 @@ def make(shape: Shape, kinds: set[str], n: int, dtype=BF16, bank_dtype=None, dev
     index = torch.arange(shape.N).view(-1, K).expand(B, K).contiguous()
     position = (torch.arange(T, dtype=torch.int32) - T // 2).repeat(B, 1)
 
-    def compiled(kind: str) -> Edits:
+    def compiled(kind: str) -> MoveTables:
         rows = [
             [
-                Edit(i, **KINDS[kind](k, w))
+                Move(i, **KINDS[kind](k, w))
                 for k, (i, w) in enumerate(zip(index[b].tolist(), weights[b].tolist(), strict=True))
             ]
             if kind != "idle" and (kind != "half" or b % 2 == 0)
             else []
             for b in range(B)
         ]
-        return compile_edits(bank, rows, capacity=K)
+        return compile_moves(bank, rows, capacity=K)
 
     tables = {kind: compiled(kind) for kind in kinds - {"off"}}
-    many = {
-        kind: [Edits(*one) for one in zip(*(copies(t, n) for t in table), strict=True)]
-        for kind, table in tables.items()
-    }
-    edits = [{kind: many[kind][i] for kind in many} for i in range(n)]
+    many = {kind: list(map(MoveTables, copies(t.packed, n))) for kind, t in tables.items()}
+    tables = [{kind: many[kind][i] for kind in many} for i in range(n)]
     weight = 1 + 0.1 * torch.randn(D, generator=generator)
     streams = (torch.randn(n, B, T, D, dtype=dtype, device=device).unbind() for _ in range(2))
     norm, rest = copies(weight.to(device, dtype), n), (position, weights, index)
     rest = (copies(t.to(device), n) for t in rest)
-    fields = zip(*streams, norm, copies(bank, n), edits, *rest, strict=True)
+    fields = zip(*streams, norm, copies(bank, n), tables, *rest, strict=True)
     return [Inputs(*one) for one in fields]
 
 
@@ -139,9 +136,10 @@ def reference(inputs: Inputs, way: Way) -> list[Tensor]:
     """What a way must give, in float64 and one edit after another."""
     h = inputs.x.double() + (inputs.delta.double() if way.fused else 0)
     if way.kind != "off":
-        edits, at = inputs.edits[way.kind], inputs.position
-        for k in range(edits.index.shape[1]):
-            index, bias, slope, low, high, first, last = (t[:, k, None] for t in edits[:7])
+        tables, at = inputs.tables[way.kind], inputs.position
+        for k in range(tables.index.shape[1]):
+            fields = (getattr(tables, name) for name in Move._fields)
+            index, bias, slope, low, high, first, last = (t[:, k, None] for t in fields)
             u = inputs.bank[index.long().clamp(min=0)].double()  # (B, 1, D)
             p = (h * u).sum(-1)  # (B, T)
             d = (bias - slope * p).clamp(low, high)

@@ -26,7 +26,7 @@ from ceilings import copy_bandwidth
 from common import gpu, table, where
 from ours import alone, fused, launched, precise, tiled
 from timing import Graph, capture, measure, n_cold_sets, record
-from tinysteer_kernels import Edits
+from tinysteer_kernels import MoveTables
 
 WIDTHS = (1536, 2048, 2304, 3072, 3584, 8192)  # and 4096
 MINUTES = {"decode": 4, "prefill": 4, "baselines": 6, "tuning": 4}  # guessed before any run
@@ -78,15 +78,15 @@ def check_graphs() -> None:
     kinds = ("idle", "adds", "targets", "mixed", "half", "idle")
     for T in (1, 5):
         (inputs,) = make(Shape(4, T, 2304, 4, "own"), set(kinds), 1)
-        tables = Edits(*(t.clone() for t in inputs.edits["idle"]))
-        live = inputs._replace(edits={"live": tables})
+        tables = MoveTables(inputs.tables["idle"].packed.clone())
+        live = inputs._replace(tables={"live": tables})
         for way in (alone("live"), fused("live")):
             graph = Graph(way.call, [(live,)], 1)
             for kind in (*kinds, "turned", *kinds):
                 if kind == "turned":
                     live.bank.neg_()  # the one change that leaves the Gram matrices right
                     continue
-                tables.copy_(inputs.edits[kind])
+                tables.copy_(inputs.tables[kind])
                 x = live.x.normal_().clone()
                 before = torch.cuda.memory_allocated()
                 graph.replay()

@@ -3,22 +3,21 @@
 from unittest.mock import patch
 
 from cases import EPS, Way
-from tinysteer_kernels import add_steer_norm, residual, steer
-from tinysteer_kernels import edits as editing
+from tinysteer_kernels import add_steer_norm, residual, steer, steering
 from tinysteer_kernels.devices import triton
 
 
 def alone(kind: str) -> Way:
     def call(i):
-        return steer(i.x, i.bank, i.edits[kind], i.position)
+        return steer(i.x, i.bank, i.tables[kind], i.position)
 
     return Way(f"steer: {kind}", call, kind, fused=False)
 
 
 def fused(kind: str) -> Way:
     def call(i):
-        steering = {"bank": i.bank, "edits": i.edits.get(kind), "position": i.position}
-        return add_steer_norm(i.x, i.delta, i.weight, EPS, **steering)
+        steered = {"bank": i.bank, "tables": i.tables.get(kind), "position": i.position}
+        return add_steer_norm(i.x, i.delta, i.weight, EPS, **steered)
 
     return Way(kind, call, kind, fused=True)
 
@@ -27,12 +26,14 @@ def launched(kind: str) -> list[Way]:
     """The launchers, for the interpreter: off a GPU the ops use their formulas."""
 
     def call_steer(i):
-        editing.launch(i.x, i.bank, i.edits[kind], i.position)
+        steering.steer_launch(i.x, i.bank, i.tables[kind], i.position, None)
         return i.x
 
     def call_fused(i):
-        steering = (None, None, None) if kind == "off" else (i.bank, i.edits[kind], i.position)
-        return residual.launch(i.x, i.delta, i.weight, EPS, 0.0, None, *steering)
+        steered = (None, None, None) if kind == "off" else (i.bank, i.tables[kind], i.position)
+        return residual.add_steer_norm_launch(
+            i.x, i.delta, i.weight, EPS, 0.0, None, *steered, None
+        )
 
     ways = [Way(f"launched: {kind}", call_fused, kind, fused=True)]
     if kind != "off":
@@ -47,8 +48,8 @@ def tiled(way: Way, block_t: int, block_k: int, n_warps: int) -> Way:
         tile = {"BLOCK_D": triton.next_power_of_2(i.x.shape[2])}
         chosen = tile | {"BLOCK_T": block_t, "BLOCK_K": block_k}, n_warps
         with (
-            patch.object(editing, "tiling", lambda *_: chosen),
-            patch.object(residual, "tiling", lambda *_: chosen),
+            patch.object(steering, "steer_tiling", lambda *_: chosen),
+            patch.object(residual, "steer_tiling", lambda *_: chosen),
         ):
             return way.call(i)
 

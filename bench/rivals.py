@@ -31,13 +31,15 @@ import transformers
 from baselines import to_targets
 from common import table
 from stepped import Run, finish, random_edits, random_prompts, run
-from tinysteer_kernels import attention, gating, residual
+from tinysteer_kernels import residual
+from tinysteer_kernels.decode import attention, gating
 from torch import Tensor, nn
 
 from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.step import Capture
 from tinysteer.loading.families import FAMILIES
-from tinysteer.model.decoder import Cache, Decoder, Seam, unsteered
+from tinysteer.model.cache import Cache
+from tinysteer.model.decoder import Decoder, Seam, unsteered
 
 PROMPT, N_TOKENS, ROUNDS, K = 32, 64, 3, 4
 THEIRS = f"transformers {transformers.__version__}"
@@ -122,8 +124,10 @@ def formulas():
     """In it our ops are PyTorch's operations, which a compiler sees through."""
     with ExitStack() as stack:
         for module in (attention, gating, residual):
-            stack.enter_context(patch.object(module, "as_op", lambda *_: False))
-        stack.enter_context(patch.object(residual, "as_is", lambda _: nullcontext()))
+            stack.enter_context(patch.object(module, "traced", lambda *_: False))
+            name = "fits" if module is residual else "serves"
+            stack.enter_context(patch.object(module, name, lambda *_: False))
+        stack.enter_context(patch.object(residual, "as_is", lambda *_: nullcontext()))
         yield
 
 

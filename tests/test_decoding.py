@@ -16,7 +16,8 @@ import tinysteer as ts
 from tinysteer.decoding import generation, pool
 from tinysteer.decoding.pool import DecodingPool, rounded_rows
 from tinysteer.decoding.step import BROKEN, NOTHING, Decoding
-from tinysteer.model.decoder import Cache, Decoder
+from tinysteer.model.cache import Cache
+from tinysteer.model.decoder import Decoder
 from tinysteer.steering import batch
 from tinysteer.steering.batch import seam
 
@@ -296,7 +297,7 @@ def test_ways_of_sampling_have_their_own_graphs(taped):
     for way in ways:
         assert complete(taped, **way) == complete(taped, graph=False, **way)
     assert taped.pool.captured == 3
-    complete(taped, fused=False)
+    complete(taped, kernels=False)
     assert taped.pool.captured == 4
 
 

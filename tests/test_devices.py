@@ -7,15 +7,15 @@ import pytest
 import torch
 from tinysteer_kernels import devices
 
-GPU = SimpleNamespace(is_cuda=True)  # all that is asked of a tensor
+GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))  # all that is asked of a tensor
 
 
 @pytest.fixture
 def without_triton(monkeypatch):
     monkeypatch.setattr(devices, "HAS_TRITON", False)
-    devices.tell_of_triton.cache_clear()
+    devices.capable.cache_clear()
     yield
-    devices.tell_of_triton.cache_clear()
+    devices.capable.cache_clear()
 
 
 def test_a_gpu_without_triton_is_told_of_once(without_triton):
@@ -25,7 +25,7 @@ def test_a_gpu_without_triton_is_told_of_once(without_triton):
 
 
 def test_who_wants_no_kernel_hears_nothing(without_triton):
-    with warnings.catch_warnings(), devices.fusing(False):
+    with warnings.catch_warnings(), devices.use_kernels(False):
         warnings.simplefilter("error")
         assert not devices.serves(GPU)
     with warnings.catch_warnings():

@@ -7,7 +7,8 @@ import torch
 from checkpoints import VARIANTS
 
 import tinysteer as ts
-from tinysteer.model.decoder import CHUNK, Cache, Decoder, unsteered
+from tinysteer.model.cache import Cache
+from tinysteer.model.decoder import CHUNK, Decoder, unsteered
 from tinysteer.text.tokenizer import pad
 
 T = 24

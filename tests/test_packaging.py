@@ -86,7 +86,7 @@ def installed(release, tmp_path_factory) -> dict:
 
 def test_both_packages_are_typed_and_hold_what_they_need(sources):
     assert {"tinysteer/py.typed", "tinysteer_kernels/py.typed"} <= sources
-    assert {"tinysteer_kernels/edits.py", "tinysteer/assets/tiny-base/config.json"} <= sources
+    assert {"tinysteer_kernels/tables.py", "tinysteer/assets/tiny-base/config.json"} <= sources
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's kernels"
     assert not [path for path in (ROOT / "kernels").rglob("*") if path.is_symlink()]
 

@@ -13,20 +13,19 @@ import re
 import subprocess
 import sys
 from functools import cache, partial
-from inspect import signature
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels import PADDING, Edit, View, attention, compile_edits, gating, residual
-from tinysteer_kernels import edits as editing
+from tinysteer_kernels import PADDING, Move, compile_moves, residual, steering
+from tinysteer_kernels.decode import View, attention, gating
 from tinysteer_kernels.devices import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
 BF16, FP32 = torch.bfloat16, torch.float32
 KERNELS = [
-    (editing, "steer_kernel", editing.steer_kernel),
+    (steering, "steer_kernel", steering.steer_kernel),
     (residual, "add_steer_norm_kernel", residual.add_steer_norm_kernel),
     (attention, "attend_kernel", attention.attend_kernel),
     (attention, "combine_kernel", attention.combine_kernel),
@@ -83,7 +82,7 @@ def in_memory(tensor):
 # came out, exactly what should, and the latter rounded; and whether all else kept its bits.
 
 
-def steering(B, T, K, D, shared, bank_dtype, placed, slotted):
+def drawn(B, T, K, D, shared, bank_dtype, placed, slotted):
     """bank, rows of edits (of each slot where there are slots), position, slot."""
     n = K if shared else K * B
     bank = F.normalize(torch.randn(n + 1, D) + 0.5, dim=-1).to(bank_dtype)[:n]
@@ -91,7 +90,7 @@ def steering(B, T, K, D, shared, bank_dtype, placed, slotted):
     windows = [{}, {"first": 0}, {"last": 1}] if placed else [{}]
     rows = [
         [
-            Edit(
+            Move(
                 k if shared else b * K + k,
                 bias=float(5 * torch.randn(())),
                 **verbs[(b + k) % 4],
@@ -129,11 +128,11 @@ def steer(T, K, D=320, shared=False, bank_dtype=BF16, placed=False, slotted=Fals
     """`short`: directions that the bank lacks."""
     around = 3 * torch.randn(3, T, D + 16).to(BF16)
     x, before = around[..., 8 : D + 8], around.clone()
-    bank, rows, position, slot = steering(3, T, K, D, shared, bank_dtype, placed, slotted)
+    bank, rows, position, slot = drawn(3, T, K, D, shared, bank_dtype, placed, slotted)
     exact = one_by_one(x, bank, rows, position, slot)
-    tables = compile_edits(bank, rows)
+    tables = compile_moves(bank, rows)
     bank = bank[: len(bank) - short]
-    editing.launch(x, bank, tables, position, *[slot] * slotted)
+    steering.steer_launch(x, bank, tables, position, slot)
     unmoved = (exact == before[..., 8 : D + 8]).all(-1)
     kept = torch.equal(x[unmoved], before[..., 8 : D + 8][unmoved]) and bool(unmoved[1].all())
     before[..., 8 : D + 8] = x
@@ -154,13 +153,13 @@ def add_steer_norm(T, K, D=576, post=False, offset=0.0, slotted=False):
     # Llama's norm ends in a product, which a compiler may fuse with the sum: it rounds once.
     step = step if post and not offset else step.to(BF16)
     summed = (x + step).to(BF16)
-    exact, steered, extra = summed.double(), (None,) * 3, ()
+    exact, steered = summed.double(), (None,) * 4
     if K:
-        bank, rows, position, slot = steering(3, T, K, D, False, BF16, False, slotted)
+        bank, rows, position, slot = drawn(3, T, K, D, False, BF16, False, slotted)
         exact = one_by_one(summed, bank, rows, position, slot)
-        steered, extra = (bank, compile_edits(bank, rows), position), [slot] * slotted
+        steered = bank, compile_moves(bank, rows), position, slot
     post_weight = post_weight if post else None
-    new, y = residual.launch(x, delta, weight, EPS, offset, post_weight, *steered, *extra)
+    new, y = residual.add_steer_norm_launch(x, delta, weight, EPS, offset, post_weight, *steered)
     normed = rms_norm(new, weight, offset)
     results = {"x": (new, exact, exact.to(BF16)), "y": (y, normed, normed.to(BF16))}
     kept = torch.equal(new[1], summed[1])
@@ -179,7 +178,7 @@ def attend(D, S=80, now=70, H=4, G=2, B=2, R=None, window=None, cap=None, normed
     traits = attention.Traits(2 / D**0.5, cap, *weights, EPS, 0.0)
     caches = [(x, x.clone()) for x in (k, v)]
     view = View(cos, sin, torch.tensor([now]), start, now + 1, window)
-    y = attention.launch(qkv, k, v, view, traits)
+    y = attention.attend_launch(qkv, k, v, view, traits)
 
     heads = qkv.view(B, H + 2 * G, D)
     q, new, value = heads.split((H, G, G), dim=1)
@@ -213,7 +212,7 @@ def turned(x, cos, sin):
 def gated(activation, N=1500):
     x = 2 * torch.randn(3, 1, 2 * N).to(BF16)
     before = x.clone()
-    y = gating.launch(x, activation)
+    y = gating.gated_launch(x, activation)
     gate, up = x.double().chunk(2, dim=-1)
     exact = gating.ACTIVATIONS[activation](gate).to(BF16).double() * up
     return {"y": (y, exact, exact.to(BF16))}, torch.equal(x, before)
@@ -221,7 +220,7 @@ def gated(activation, N=1500):
 
 # Cases and faults.
 
-SLOTS = [False, True] if "slot" in signature(editing.launch).parameters else [False]
+SLOTS = (False, True)
 BANKS = {"": {}, ", position": {"placed": True}, ", float32": {"bank_dtype": FP32, "placed": True}}
 WIDTHS = {1: 64, 4: 320, 8: 576}  # by edits
 CASES = {f"gated, {name}": (gated, {"activation": name}) for name in ("silu", "gelu_tanh", "gelu")}

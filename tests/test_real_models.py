@@ -8,7 +8,7 @@ from oracle import hooked, last_states, would_say
 import tinysteer as ts
 from tinysteer.decoding import generation
 from tinysteer.decoding.pool import DecodingPool
-from tinysteer.model.decoder import Cache
+from tinysteer.model.cache import Cache
 from tinysteer.steering.batch import per_row
 from tinysteer.text.streaming import TextStream
 

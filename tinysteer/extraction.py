@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from tinysteer.decoding.generation import check_lengths
 from tinysteer.language_model import LanguageModel
-from tinysteer.model.decoder import Cache, Recorder
+from tinysteer.model.cache import Cache
+from tinysteer.model.decoder import Recorder
 from tinysteer.steering.vectors import SteeringVector
 from tinysteer.text.tokenizer import Prompt, pad
 from tinysteer.version import VERSION

@@ -15,8 +15,9 @@ from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device, parse_dtype
 from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
+from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
-from tinysteer.model.decoder import CHUNK, Cache, Decoder, Recorder
+from tinysteer.model.decoder import CHUNK, Decoder, Recorder
 from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
 from tinysteer.steering.edits import Edit
 from tinysteer.text.streaming import TextStream
@@ -155,7 +156,7 @@ class LanguageModel:
                 rows = edits(n)
                 return [rows[i] for i in batch]
 
-            how = {"graph": options.graph, "fused": options.fused}
+            how = {"graph": options.graph, "kernels": options.kernels}
             own = [ids[i] for i in batch]
             pieces = generation.decode(self.pool, own, streams, of_batch, sampler, **how)
             for row, piece in pieces:

@@ -26,13 +26,15 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tinysteer_kernels.decode import View
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tinysteer.loading.families import read_config
+from tinysteer.model.cache import Cache
 from tinysteer.model.config import Layer
-from tinysteer.model.decoder import Cache, Decoder, View
+from tinysteer.model.decoder import Decoder
 
 ASSETS = Path(__file__).parents[2] / "tinysteer" / "assets"
 START, END = "<|start|>", "<|end|>"

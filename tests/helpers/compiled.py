@@ -41,31 +41,31 @@ VARIANTS = {
     "steer, decode, precise bank": ("steer", ONE, 4096, 4, BF16, FP32, False),
     "steer, prefill": ("steer", MANY, 4096, 16, BF16, BF16, False),
     "steer, prefill, widest": ("steer", MANY, 16384, 4, BF16, BF16, False),
-    "fused, decode": ("fused", ONE, 4096, 4, BF16, BF16, False),
-    "fused, decode, small": ("fused", ONE, 576, 16, BF16, BF16, False),
-    "fused, decode, 8192": ("fused", ONE, 8192, 4, BF16, BF16, False),
-    "fused, decode, widest": ("fused", ONE, 16384, 4, BF16, BF16, True),
-    "fused, decode, post-norm": ("fused", ONE, 3584, 4, BF16, BF16, True),
-    "fused, decode, float16": ("fused", ONE, 2304, 4, torch.float16, torch.float16, True),
-    "fused, decode, float32": ("fused", ONE, 8192, 4, FP32, FP32, False),
-    "fused, decode, widest float32": ("fused", ONE, 16384, 4, FP32, FP32, False),
-    "fused, decode, precise bank": ("fused", ONE, 4096, 4, BF16, FP32, True),
-    "fused, prefill, widest float32": ("fused", MANY, 16384, 4, FP32, FP32, False),
-    "fused, decode, no moves": ("fused", ONE, 4096, 0, BF16, BF16, False),
-    "fused, prefill": ("fused", MANY, 4096, 4, BF16, BF16, False),
-    "fused, prefill, post-norm": ("fused", MANY, 2048, 4, BF16, BF16, True),
+    "add, decode": ("add", ONE, 4096, 4, BF16, BF16, False),
+    "add, decode, small": ("add", ONE, 576, 16, BF16, BF16, False),
+    "add, decode, 8192": ("add", ONE, 8192, 4, BF16, BF16, False),
+    "add, decode, widest": ("add", ONE, 16384, 4, BF16, BF16, True),
+    "add, decode, post-norm": ("add", ONE, 3584, 4, BF16, BF16, True),
+    "add, decode, float16": ("add", ONE, 2304, 4, torch.float16, torch.float16, True),
+    "add, decode, float32": ("add", ONE, 8192, 4, FP32, FP32, False),
+    "add, decode, widest float32": ("add", ONE, 16384, 4, FP32, FP32, False),
+    "add, decode, precise bank": ("add", ONE, 4096, 4, BF16, FP32, True),
+    "add, prefill, widest float32": ("add", MANY, 16384, 4, FP32, FP32, False),
+    "add, decode, no moves": ("add", ONE, 4096, 0, BF16, BF16, False),
+    "add, prefill": ("add", MANY, 4096, 4, BF16, BF16, False),
+    "add, prefill, post-norm": ("add", MANY, 2048, 4, BF16, BF16, True),
     "steer, decode, no position": ("steer", ONE, 4096, 4, BF16, BF16, False, {"position": False}),
     "steer, prefill, no position": ("steer", MANY, 4096, 4, BF16, BF16, False, {"position": False}),
     "steer, decode, slot": ("steer", ONE, 4096, 4, BF16, BF16, False, {"slot": True}),
     "steer, prefill, slot": ("steer", MANY, 4096, 16, BF16, BF16, False, {"slot": True}),
-    "fused, decode, no position": ("fused", ONE, 4096, 4, BF16, BF16, True, {"position": False}),
-    "fused, prefill, no position": ("fused", MANY, 4096, 4, BF16, BF16, False, {"position": False}),
-    "fused, decode, slot": ("fused", ONE, 4096, 4, BF16, BF16, False, {"slot": True}),
-    "fused, decode, slot alone": (
-        ("fused", ONE, 4096, 4, BF16, BF16, True, {"slot": True, "position": False})
+    "add, decode, no position": ("add", ONE, 4096, 4, BF16, BF16, True, {"position": False}),
+    "add, prefill, no position": ("add", MANY, 4096, 4, BF16, BF16, False, {"position": False}),
+    "add, decode, slot": ("add", ONE, 4096, 4, BF16, BF16, False, {"slot": True}),
+    "add, decode, slot alone": (
+        ("add", ONE, 4096, 4, BF16, BF16, True, {"slot": True, "position": False})
     ),
-    "fused, prefill, slot": ("fused", MANY, 4096, 4, BF16, BF16, False, {"slot": True}),
-    "fused, decode, no moves, post-norm": ("fused", ONE, 4096, 0, BF16, BF16, True),
+    "add, prefill, slot": ("add", MANY, 4096, 4, BF16, BF16, False, {"slot": True}),
+    "add, decode, no moves, post-norm": ("add", ONE, 4096, 0, BF16, BF16, True),
 }
 # rows, query heads, key heads, columns, head_dim, type, norms of the heads, cap of the scores
 ATTENTION = {
@@ -111,13 +111,10 @@ def describe(value):
 
 
 def parameters(recorder: Recorder) -> dict[str, object]:
-    """What the compiled kernel is handed, tables one by one. * before pointers."""
+    """What the compiled kernel is handed, * before pointers."""
     handed = {}
     for name, value in run_time(recorder).items():
-        if isinstance(value, Edits):
-            handed |= {f"*edits.{field}": table for field, table in value._asdict().items()}
-        else:  # no _ptr
-            handed[f"*{name[:-4]}" if isinstance(value, torch.Tensor) else name] = value
+        handed[f"*{name[:-4]}" if isinstance(value, torch.Tensor) else name] = value  # no _ptr
     return handed
 
 
@@ -163,7 +160,7 @@ def record(op, T, D, K, dtype, bank_dtype, post_norm, given=None) -> Recorder:
         steering.steer_kernel = recorder = Recorder(STEER)
         steering.steer_launch(x, bank, tables, position, slot)
     else:
-        residual.add_steer_norm_kernel = recorder = Recorder(FUSED)
+        residual.add_steer_norm_kernel = recorder = Recorder(ADD)
         weight, post = x[0, 0].clone(), x[0, 0].clone() if post_norm else None
         steered = (bank, tables, position, slot) if K else (None,) * 4
         offset = float(post_norm)
@@ -192,7 +189,7 @@ def record_gating(activation, dtype) -> Recorder:
     return recorder
 
 
-STEER, FUSED = steering.steer_kernel, residual.add_steer_norm_kernel
+STEER, ADD = steering.steer_kernel, residual.add_steer_norm_kernel
 ATTEND, COMBINE = attention.attend_kernel, attention.combine_kernel
 GATED = gating.gated_kernel
 

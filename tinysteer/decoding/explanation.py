@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinysteer.model.decoder import Cache, Decoder
+from tinysteer.model.cache import Cache
+from tinysteer.model.decoder import Decoder
 from tinysteer.steering.batch import Explaining
 from tinysteer.steering.edits import Edit
 from tinysteer.text.tokenizer import Tokenizer, pad

@@ -36,7 +36,7 @@ class Options:
     chat: bool = True  # put prompts into the model's chat template; False: take them as they are
     batch_size: int = 32  # prompts decoded together
     graph: bool = True  # on a GPU, capture a step and replay it; False: launch each anew
-    fused: bool = True  # on a GPU, use the kernels; False: PyTorch's operations
+    kernels: bool = True  # on a GPU, use the kernels; False: PyTorch's operations
 
     def __post_init__(self):
         number, whole = numbers.Real, numbers.Integral
@@ -105,7 +105,7 @@ def decode(
     sampler: Sampler | None = None,
     *,
     graph: bool = True,
-    fused: bool = True,
+    kernels: bool = True,
 ) -> Iterator[tuple[int, str]]:
     """Yield (row, piece of text) until every row is done; prompts are lists of token ids.
 
@@ -115,7 +115,7 @@ def decode(
     limits = [row.limit for row in rows]
     stop_ids = frozenset().union(*(row.stop_ids for row in rows))
     with pool.take(len(prompts), tokens.shape[1] + max(limits), graph) as step:
-        step.begin(tokens, start, limits, stop_ids, edits(0), sampler, fused)
+        step.begin(tokens, start, limits, stop_ids, edits(0), sampler, kernels)
         for chosen in tokens_of(step, max(limits), edits):
             for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
                 if row.done:

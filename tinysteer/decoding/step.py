@@ -17,8 +17,9 @@ from tinysteer_kernels.decode import use_kernels
 from torch import Tensor
 
 from tinysteer.decoding.sampling import Sampler
-from tinysteer.model.decoder import Cache, Decoder, Seam, unsteered
-from tinysteer.steering.batch import Fixed, alike, depth, direction_key, distinct, seam
+from tinysteer.model.cache import Cache
+from tinysteer.model.decoder import Decoder, Seam, unsteered
+from tinysteer.steering.batch import SteeringBuffers, alike, depth, direction_key, distinct, seam
 from tinysteer.steering.edits import Edit
 
 NOTHING, BROKEN = -1, -2  # in a token's place: its row is done; its logits are not finite
@@ -34,7 +35,7 @@ class Variant(NamedTuple):
     edits: int  # of a row at one layer, at most; 0: nothing is steered
     directions: int  # in the bank, at most
     sampling: str  # Sampler.kind, or "greedy"
-    fused: bool  # by the kernels; False: by PyTorch's operations
+    kernels: bool  # by the kernels; False: by PyTorch's operations
 
 
 def on_its_stream(method: Callable) -> Callable:
@@ -94,7 +95,7 @@ class Decoding:
         self.key = weights_key(decoder)
         self.lag = int(self.device.type == "cuda")  # steps that run ahead of what is read
         self._allocate()
-        self.steering: dict[tuple[int, int], Fixed] = {}
+        self.steering: dict[tuple[int, int], SteeringBuffers] = {}
         self.samplers: dict[str, Sampler] = {}
         self.graphs: dict[Variant, Callable[[], None]] = {}
 
@@ -117,7 +118,7 @@ class Decoding:
         stop_ids: frozenset[int] = frozenset(),
         edits: Sequence[Sequence[Edit]] = (),
         sampler: Sampler | None = None,
-        fused: bool = True,
+        kernels: bool = True,
     ) -> None:
         """Run prompts (n, T) from column start (n,) on and choose what follows each.
 
@@ -133,14 +134,14 @@ class Decoding:
             self.cache.begin(start, T, T - start + limits)
             self.left.copy_(limits)
             self.stops.zero_()[[i for i in stop_ids if i < len(self.stops)]] = True
-            self.n, self.fused, self.edits = n, fused, None
+            self.n, self.kernels, self.edits = n, kernels, None
             self.sampler = self._sampler(sampler)
             if self.sampler:
                 self.sampler.step.zero_()  # a first attempt may have drawn
             self._steer(edits)
-            with use_kernels(fused):
+            with use_kernels(kernels):
                 part, steer = self.cache.part(n), self.seam
-                steer = steer.part(n) if isinstance(steer, Fixed) else steer
+                steer = steer.part(n) if isinstance(steer, SteeringBuffers) else steer
                 x = self.decoder.prefill(tokens.to(self.tokens.device), part, steer)
                 self.cache.filled = part.filled
                 if self.capture is not None:  # from here on the columns are counted on the device
@@ -168,7 +169,7 @@ class Decoding:
         size = capacity, rounded(max(len(directions), DIRECTIONS))
         if size not in self.steering:
             sizes = self.decoder.config, self.rows, *size
-            self.steering[size] = Fixed(*sizes, self.device, self.dtype)
+            self.steering[size] = SteeringBuffers(*sizes, self.device, self.dtype)
         self.steering[size].copy_([*edits, *[[]] * spare])
         return self.steering[size], size
 
@@ -185,7 +186,7 @@ class Decoding:
         if self.capture is None:
             return self._run()
         kind = self.sampler.kind if self.sampler else "greedy"
-        variant = Variant(*self.size, kind, self.fused)
+        variant = Variant(*self.size, kind, self.kernels)
         if variant in self.graphs:
             self.graphs[variant]()
         else:
@@ -206,7 +207,7 @@ class Decoding:
         return twice(lambda: self.capture(self._run), restart)
 
     def _run(self) -> None:
-        with use_kernels(self.fused):
+        with use_kernels(self.kernels):
             self._choose(self.decoder(self.tokens, self.cache, self.seam))
 
     def _choose(self, x: Tensor) -> None:

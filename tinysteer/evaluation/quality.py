@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tinysteer.language_model import LanguageModel
-from tinysteer.model.decoder import Cache
+from tinysteer.model.cache import Cache
 from tinysteer.text.tokenizer import pad
 
 WINDOW = 1024  # tokens of a text that count, its last ones (paper)

@@ -1,12 +1,11 @@
 """A decoder-only transformer. One graph for Llama, Mistral, Phi-3 and Gemma 1-3.
 
-B  batch          T  new positions     S  columns of the cache, the new ones included
+B  batch          T  new positions
 D  model width    H  query heads       G  key/value heads
 
 Layer L is the residual stream after block L, counted from 0.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,11 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels import PADDING, add_steer_norm
+from tinysteer_kernels import add_steer_norm
 from tinysteer_kernels.decode import View, attend, gated, rms_norm
 from torch import Tensor, nn
 
-from tinysteer.model.config import Config, Layer
+from tinysteer.model.cache import Cache
+from tinysteer.model.config import Config
 
 CHUNK = 512  # positions run at once: bounds the mask and the scores of a long prompt
 
@@ -94,7 +94,7 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None: ...
 
 
-class Fused(Linear):
+class Stacked(Linear):
     """Several projections of one input in one product, stacked by rows: `parts` counts them."""
 
     def __init__(self, dim: int, parts: tuple[int, ...], bias: bool):
@@ -102,97 +102,12 @@ class Fused(Linear):
         self.parts = parts
 
 
-class Cache:
-    """Keys and values of `length` columns, and where each row's text lies in them.
-
-    Rows are padded on the left: row b's text begins at column start[b] (B,), and every prompt
-    ends before column `prompt`. room (B,) says how many positions each row will have at most;
-    default all columns from its start.
-
-    What changes from step to step is in tensors, so that a captured step goes on from there, and
-    `begin` makes them ready for another batch. Attention may look at the `filled` columns, rounded
-    up to a multiple of `block`. A row that starts behind its query holds nothing: it neither sees
-    nor changes anything.
-    """
-
-    BLOCK = 64
-
-    def __init__(
-        self,
-        decoder: "Decoder",
-        start: Tensor,
-        prompt: int,
-        length: int,
-        room: Tensor | None = None,
-    ):
-        config, weight = decoder.config, decoder.embed.weight
-        B, device = len(start), weight.device
-        shape = (config.n_layers, B, config.n_kv_heads, length, config.head_dim)
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        self.kinds, self.length = set(config.layers), length
-        self.tables = {
-            rope: [table.to(device, weight.dtype) for table in rope.tables(length)]
-            for rope in {layer.rope for layer in config.layers}
-        }
-        with torch.device(device):
-            self.start = torch.zeros(B, dtype=torch.long)
-            self.column, self.last = torch.zeros(2, 1, dtype=torch.long)  # next; of the prompts
-            self.sets = {rope: torch.zeros(B, 1, dtype=torch.long) for rope in self.tables}
-        self._place(start, prompt, room)
-
-    def begin(self, start: Tensor, prompt: int, room: Tensor | None = None) -> None:
-        """Forget all, for as many rows that start elsewhere."""
-        self.k.zero_()  # what is hidden still counts where it is no number: 0 x NaN
-        self.v.zero_()
-        self._place(start, prompt, room)
-
-    def _place(self, start: Tensor, prompt: int, room: Tensor | None) -> None:
-        room = self.length - start if room is None else room
-        self.filled, self.block = 0, self.BLOCK
-        self.start.copy_(start)
-        self.column.zero_()
-        self.last.fill_(prompt - 1)
-        for rope, sets in self.sets.items():
-            sets.copy_(rope.choose(room)[:, None])
-
-    def part(self, n_rows: int) -> "Cache":
-        """The first rows, in the same memory."""
-        part = copy.copy(self)
-        part.k, part.v, part.start = self.k[:, :n_rows], self.v[:, :n_rows], self.start[:n_rows]
-        part.sets = {rope: sets[:n_rows] for rope, sets in self.sets.items()}
-        return part
-
-    def advance(self, T: int) -> tuple[dict[Layer, View], Tensor]:
-        """Make room for T columns: each kind of layer's view, and the positions (B, T)."""
-        self.filled += T
-        assert self.filled <= self.length, f"{self.filled} columns > {self.length}"
-        reach = min(-(-self.filled // self.block) * self.block, self.length)
-        query = self.column + torch.arange(T, device=self.column.device)
-        self.column += T
-        place = query - self.start[:, None]  # (B, T) within the row's own text
-        at = place.clamp(min=0)
-        turns = {
-            rope: [table[sets, at][:, None] for table in self.tables[rope]]
-            for rope, sets in self.sets.items()
-        }
-        views = {
-            kind: View(*turns[kind.rope], query, self.start, reach, kind.window)
-            for kind in self.kinds
-        }
-        position = (query - self.last).expand(place.shape)
-        return views, position.masked_fill(place < 0, PADDING).to(torch.int32)
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each (B, G, length, head_dim)."""
-        return self.k[layer], self.v[layer]
-
-
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer = layer
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.qkv = Fused(config.dim, (q, kv, kv), bias=config.attn_bias)
+        self.qkv = Stacked(config.dim, (q, kv, kv), bias=config.attn_bias)
         self.out = Linear(q, config.dim, bias=config.attn_bias)
         norm = partial(RMSNorm, config.head_dim, config) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
@@ -214,7 +129,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_up = Fused(config.dim, (config.hidden_dim,) * 2, bias=config.mlp_bias)
+        self.gate_up = Stacked(config.dim, (config.hidden_dim,) * 2, bias=config.mlp_bias)
         self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
         self.activation = config.activation
 

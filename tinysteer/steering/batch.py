@@ -139,7 +139,7 @@ class Steering:
         return add(x, delta, norms, bank=self.bank, tables=tables, position=position)
 
 
-class Fixed(Steering):
+class SteeringBuffers(Steering):
     """Steering whose tables keep their sizes and places: every layer's, for a captured step."""
 
     def __init__(
@@ -160,7 +160,7 @@ class Fixed(Steering):
         self.stack = kernels.MoveTables(blank.packed.to(device))
         self.tables = {layer: self.stack[layer] for layer in range(config.n_layers)}
 
-    def copy_(self, rows: Sequence[Sequence[Edit]]) -> "Fixed":
+    def copy_(self, rows: Sequence[Sequence[Edit]]) -> "SteeringBuffers":
         """Take other edits, as many rows. Directions that are in the bank are not sent again."""
         named, new = with_names(rows, self.index)
         if len(self.index) > len(self.bank):
