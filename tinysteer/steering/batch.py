@@ -1,5 +1,6 @@
 """A batch's edits: what `steer=` accepts, whether that fits the model, and the seam it becomes."""
 
+import copy
 import sys
 import warnings
 from collections import Counter
@@ -184,10 +185,9 @@ class SteeringBuffers(Steering):
         self.index.clear()
         self.kept.clear()
 
-    def part(self, n_rows: int) -> Steering:
-        """The edits of the first rows, in the same tables."""
-        part = Steering([], self.bank.device)
-        part.bank = self.bank
+    def part(self, n_rows: int) -> "SteeringBuffers":
+        """The edits of the first rows, in the same tables: to be read, not to be changed."""
+        part = copy.copy(self)
         tables = self.tables.items()
         part.tables = {L: kernels.MoveTables(table.packed[:n_rows]) for L, table in tables}
         return part
@@ -219,7 +219,7 @@ def with_names(
 
 def stacked(directions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(N, D) on the host."""
-    return torch.stack([u.cpu() for u in directions] or [torch.zeros(0)]).to(dtype)
+    return torch.stack([u.cpu() for u in directions] or [torch.zeros(0, device="cpu")]).to(dtype)
 
 
 def send(source: Tensor, target: Tensor) -> None:
