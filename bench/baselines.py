@@ -145,21 +145,21 @@ def alone(shape: Shape, kind: str, compiling: bool) -> list[Way]:
     def on_x(name: str, function: Callable, prepare: Callable) -> Way:
         return Way(name, lambda i, *rest: function(i.x, *rest), kind, False, prepare)
 
-    found = []
+    ways = []
     if shape.directions == "shared":
         once = add_at_once if kind == "adds" else to_targets
-        found.append(on_x("eager", once, shared_vectors))
+        ways.append(on_x("eager", once, shared_vectors))
         if compiling:
-            found.append(on_x("compiled", compiled(once), shared_vectors))
+            ways.append(on_x("compiled", compiled(once), shared_vectors))
     if kind == "adds":
         if shape.directions == "shared":
-            found.append(on_x("one add a vector", add_each, scaled))
-        found.append(on_x("gather", gather, scaled_and_slots))
+            ways.append(on_x("one add a vector", add_each, scaled))
+        ways.append(on_x("gather", gather, scaled_and_slots))
         if compiling:
-            found.append(on_x("gather, compiled", compiled(gather), scaled_and_slots))
+            ways.append(on_x("gather, compiled", compiled(gather), scaled_and_slots))
         if shape.K == 1 and KERNELS_RUN:
-            found.append(on_x("one-vector kernel", one_vector, slots_and_scales))
-    return found
+            ways.append(on_x("one-vector kernel", one_vector, slots_and_scales))
+    return ways
 
 
 def fused(shape: Shape, kind: str, compiling: bool) -> list[Way]:
@@ -178,9 +178,9 @@ def fused(shape: Shape, kind: str, compiling: bool) -> list[Way]:
 
     own, slope = shape.directions == "own", int(kind == "targets")
     vectors = own_vectors if own else shared_vectors
-    found = [Way("off, eager", plain, "off", True)]
+    ways = [Way("off, eager", plain, "off", True)]
     if not own:
-        found.append(Way("eager", hooked, kind, True, vectors))
+        ways.append(Way("eager", hooked, kind, True, vectors))
     if compiling:
         off, on = compiled(whole), compiled(whole_own if own else whole_shared)
 
@@ -190,6 +190,6 @@ def fused(shape: Shape, kind: str, compiling: bool) -> list[Way]:
         def compiled_on(i, *vectors):
             return on(i.x, i.delta, i.weight, slope, *vectors)
 
-        found.append(Way("off, compiled", compiled_off, "off", True))
-        found.append(Way("compiled", compiled_on, kind, True, vectors))
-    return [*found, Way("off, Liger", liger, "off", True)] if Liger else found
+        ways.append(Way("off, compiled", compiled_off, "off", True))
+        ways.append(Way("compiled", compiled_on, kind, True, vectors))
+    return [*ways, Way("off, Liger", liger, "off", True)] if Liger else ways

@@ -136,14 +136,14 @@ def reference(inputs: Inputs, way: Way) -> list[Tensor]:
     """What a way must give, in float64 and one edit after another."""
     h = inputs.x.double() + (inputs.delta.double() if way.fused else 0)
     if way.kind != "off":
-        tables, at = inputs.tables[way.kind], inputs.position
+        tables, position = inputs.tables[way.kind], inputs.position
         for k in range(tables.index.shape[1]):
             fields = (getattr(tables, name) for name in Move._fields)
             index, bias, slope, low, high, first, last = (t[:, k, None] for t in fields)
             u = inputs.bank[index.long().clamp(min=0)].double()  # (B, 1, D)
             p = (h * u).sum(-1)  # (B, T)
             d = (bias - slope * p).clamp(low, high)
-            acts = (index >= 0) & (first <= at) & (at <= last)
+            acts = (index >= 0) & (first <= position) & (position <= last)
             h = h + torch.where(acts, d, 0.0)[..., None] * u
     if not way.fused:
         return [h]

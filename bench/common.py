@@ -15,13 +15,13 @@ import torch
 def where() -> str:
     """Machine, versions, date and command, for above a table."""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    seen = environment()
-    versions = [f"torch {seen['torch']}", f"Python {platform.python_version()}"]
+    facts = environment()
+    versions = [f"torch {facts['torch']}", f"Python {platform.python_version()}"]
     if torch.cuda.is_available():
-        versions[:0] = [f"driver {seen['driver']}", f"triton {seen['triton']}"]
+        versions[:0] = [f"driver {facts['driver']}", f"triton {facts['triton']}"]
     return (
-        f"{seen['device']}, {os.cpu_count()} cores{load}; {', '.join(versions)}; "
-        f"{seen['date']}; `{seen['command']}`"
+        f"{facts['device']}, {os.cpu_count()} cores{load}; {', '.join(versions)}; "
+        f"{facts['date']}; `{facts['command']}`"
     )
 
 

@@ -102,7 +102,7 @@ class Part:
             replays[way] = Replay(step, edits)
             if B == 8 and way == OWN:
                 changed = change(replays[way], edits, edits[::-1])
-        seen, n_calls = verify(replays), steps_a_replay(replays[OFF])
+        checked, n_calls = verify(replays), steps_a_replay(replays[OFF])
         for replay in replays.values():
             replay.n_calls = n_calls
         times, clock = self.machine.measure(replays, REPLAYS), gpu("clocks.sm")
@@ -110,7 +110,7 @@ class Part:
         total = weights + cache_bytes(decoder, B, context - (n_calls - 1) / 2)
         limit, line = 1e6 * total / self.copy_rate, []
         for way in ways:
-            t, (moved, same) = times[way], seen[way]
+            t, (moved, same) = times[way], checked[way]
             result = {"part": self.name, "model": model, "B": B, "context": context}
             result |= {"way": way.name, "K": way.K, "verb": way.verb, "own": way.own}
             result |= {"layers": len(way.layers(decoder)) if way.K else 0} | t._asdict()
@@ -211,13 +211,13 @@ def check() -> None:
         for B in (1, 8):
             part.line(model, decoder, B, 64, many(B) if model == LLAMA else FEW)
     text = part.tables()
-    assert all(seen["same"] == 1 for line in part.lines for seen in line), text
+    assert all(result["same"] == 1 for line in part.lines for result in line), text
     shape = shrunk(SHAPES[LLAMA])
     decoder = draw(shape, machine.device, torch.float32)
     batches, least = ((3,), 1.0) if machine.device == "cpu" else ((1, 3), 0.5)  # other roundings
     lines = rivals.compare("tiny", shape, decoder, batches, unwritten, machine.capture, strict=True)
     text = rivals.rows(lines)
-    assert all(seen["same"] >= least for seen in lines), text
+    assert all(result["same"] >= least for result in lines), text
     n_ways = sum(map(len, part.lines))
     print(f"{n_ways} replayed steps and {len(lines)} whole texts are as they should be\n")
 

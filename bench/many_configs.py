@@ -103,7 +103,7 @@ def results(
     runs: dict[Way, list[Run]], said: dict, same: dict, record: Callable[..., dict]
 ) -> list[dict]:
     """What is written down of each way."""
-    base, clock, found = runs[WAYS[0]], gpu("clocks.sm"), []
+    base, clock, lines = runs[WAYS[0]], gpu("clocks.sm"), []
     rows, n_tokens = base[0].ids.shape
     parts = {
         "whole": (lambda one: one.whole, rows * n_tokens),
@@ -124,8 +124,8 @@ def results(
         result |= {"theirs": way.theirs and way.theirs[0] / way.theirs[1]}
         again = min(float((one.ids == said[way]).float().mean()) for one in of_way)
         result |= {"same": same[way], "again": again, "sm_mhz": clock}
-        found.append(record("many_configs", **result))
-    return found
+        lines.append(record("many_configs", **result))
+    return lines
 
 
 def shown(found: list[dict]) -> str:
@@ -162,9 +162,9 @@ def check() -> None:
     pool, prompts = DecodingPool(decoder, Tape), random_prompts(decoder.config, 12, 5)
     edits, said, same = first_texts(pool, prompts, 10)
     assert set(same.values()) == {1.0}, same
-    found = results(rounds(pool, prompts, 10, edits, 2), said, same, lambda _, **result: result)
-    text = shown(found)
-    assert all(r["again"] == 1 for r in found), text
+    lines = results(rounds(pool, prompts, 10, edits, 2), said, same, lambda _, **result: result)
+    text = shown(lines)
+    assert all(r["again"] == 1 for r in lines), text
     print(f"{len(WAYS)} ways: tokens as without a graph and again, {pool.captured} graphs\n")
 
 

@@ -39,7 +39,8 @@ from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.step import Capture
 from tinysteer.loading.families import FAMILIES
 from tinysteer.model.cache import Cache
-from tinysteer.model.decoder import Decoder, Seam, unsteered
+from tinysteer.model.decoder import Decoder
+from tinysteer.model.stream import Seam, unsteered
 
 PROMPT, N_TOKENS, ROUNDS, K = 32, 64, 3, 4
 THEIRS = f"transformers {transformers.__version__}"
@@ -208,14 +209,14 @@ def ways(
         with formulas():
             return run(compiled, prompts, N_TOKENS)
 
-    found = {
+    by_name = {
         "captured": lambda: run(ours, prompts, N_TOKENS, edits),
         "launched": lambda: run(ours, prompts, N_TOKENS, edits, graph=False),
         "hooked": lambda: run(by_hooks, prompts, N_TOKENS, graph=False),
         "compiled": by_compiler,
         THEIRS: lambda: generated(model(), prompts, vectors),
     }
-    return found if steered else {way: found[way] for way in found if way != "hooked"}
+    return by_name if steered else {way: by_name[way] for way in by_name if way != "hooked"}
 
 
 def compare(
@@ -233,18 +234,18 @@ def compare(
     """
     model, results = functools.cache(lambda: theirs(decoder, shape)), []
     for B, steered in itertools.product(batches, (False, True)):
-        found, said = ways(decoder, B, steered, capture, model), {}
-        for way, texts in list(found.items()):
+        texts_by, said = ways(decoder, B, steered, capture, model), {}
+        for way, texts in list(texts_by.items()):
             try:
                 said[way] = texts().ids
             except Exception as error:
                 if strict or way == "captured":
                     raise
                 print(f"{way}, batch {B}, is left out: {error!r:.500}", flush=True)
-                del found[way]
-        times = {way: [] for way in found}
+                del texts_by[way]
+        times = {way: [] for way in texts_by}
         for _ in range(1 if strict else ROUNDS):
-            for way, texts in found.items():
+            for way, texts in texts_by.items():
                 finish(decoder)
                 times[way].append(texts())
         for way, runs in times.items():

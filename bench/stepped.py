@@ -156,7 +156,7 @@ def verify(ways: dict[Way, Replay]) -> dict[Way, tuple[float, float]]:
 
     AssertionError for what is not finite, edits without effect and idle ones with any.
     """
-    seen, (off, _) = {}, agreement(ways[OFF])
+    checked, (off, _) = {}, agreement(ways[OFF])
     for way, replay in ways.items():
         state, same = agreement(replay)
         moved = (state - off).norm(dim=-1) / off.norm(dim=-1)
@@ -164,8 +164,8 @@ def verify(ways: dict[Way, Replay]) -> dict[Way, tuple[float, float]]:
             assert moved.max() < ALIKE, f"{way.name} moves a row by {moved.max():.2g}"
         else:
             assert moved.min() > 1e-3, f"{way.name} moves a row by {moved.min():.2g}"
-        seen[way] = float(moved.min()), same
-    return seen
+        checked[way] = float(moved.min()), same
+    return checked
 
 
 def change(replay: Replay, one: list[list[Edit]], other: list[list[Edit]]) -> float:

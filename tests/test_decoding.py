@@ -307,7 +307,7 @@ def test_it_does_not_matter_how_often_a_direction_is_written(taped):
     complete(taped, [[v.at(L).add(1.0) for L in layers for _ in range(4)] for _ in PROMPTS])
     assert list(taped.pool.free[0].steering) == [(4, 64)]
     rows = [[v.at(L).add(1.0) for L in layers] for _ in range(50)]
-    assert len(batch.Steering(rows).bank) == 4
+    assert len(batch.Steering(rows, torch.zeros(0)).bank) == 4
 
 
 def test_vectors_changed_in_place_are_read_anew(taped):
@@ -441,7 +441,7 @@ def on_a_gpu(monkeypatch):
 def test_the_kernels_give_the_logits_of_the_formulas(variant, checkpoint, monkeypatch):
     """A padded batch, two steps after its prompt, every op launched, in Triton's interpreter."""
     ours = ts.load(checkpoint(next(name for name in VARIANTS if variant in name))[0])
-    steer, start = seam(mixed(ours)[1:4]), torch.tensor([0, 2, 5])
+    steer, start = seam(mixed(ours)[1:4], ours.decoder.embed.weight), torch.tensor([0, 2, 5])
     tokens = torch.randint(3, 200, (3, 8), generator=torch.Generator().manual_seed(3))
     ways = []
     for kernels in (False, True):
@@ -478,7 +478,7 @@ def test_a_layer_is_nine_launches_at_most(pair, monkeypatch):
         layers = ours.config.layers[-1:] * n
         decoder = Decoder(dataclasses.replace(ours.config, layers=layers)).requires_grad_(False)
         cache = Cache(decoder, torch.zeros(1, dtype=torch.long), 1, 512)
-        steer = seam([[edit for edit in steered if edit.layer < n]])
+        steer = seam([[edit for edit in steered if edit.layer < n]], torch.zeros(0))
         with Calls() as calls:
             decoder(torch.zeros(1, 1, dtype=torch.long), cache, steer)
         counts.append(sum(map(launches, calls.names)))

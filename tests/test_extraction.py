@@ -7,7 +7,7 @@ import torch
 from oracle import last_states
 
 import tinysteer as ts
-from tinysteer.extraction import principal
+from tinysteer.extraction import mean_residuals, principal
 
 BASES = ["one", "a second request", "three words here", "one", "and a much longer request at last"]
 WITH = [f"{base} (in capitals)" for base in BASES]
@@ -40,7 +40,7 @@ def test_batches_change_nothing(model):
 
 
 def test_base_prompts_may_be_run_once_for_several_instructions(model):
-    base = ts.mean_residuals(model, BASES, chat=False)
+    base = mean_residuals(model, BASES, chat=False)
     assert base.n == 5
     assert base.mean.shape == (4, 48)
     expected = ts.extract(model, WITH, BASES, chat=False)
@@ -57,14 +57,14 @@ def test_equal_prompts_are_run_once(model, monkeypatch):
         return forward(self, tokens, *rest)
 
     monkeypatch.setattr(type(model.decoder), "forward", counting)
-    ts.mean_residuals(model, ["same"] * 50 + ["other"], chat=False)
+    mean_residuals(model, ["same"] * 50 + ["other"], chat=False)
     assert sum(ran) == 2
 
 
 def test_a_conversation_is_a_prompt(model):
     model.tokenizer.template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     talk = [{"role": "user", "content": "hi"}]
-    same = ts.mean_residuals(model, [talk]).mean, ts.mean_residuals(model, ["hi"]).mean
+    same = mean_residuals(model, [talk]).mean, mean_residuals(model, ["hi"]).mean
     assert torch.equal(*same)
 
 
@@ -87,7 +87,7 @@ def test_the_digest_is_of_the_pairs(model):
         return vector.metadata["pairs_sha256"]
 
     first = digest(WITH, BASES)
-    base = ts.mean_residuals(model, BASES, chat=False)
+    base = mean_residuals(model, BASES, chat=False)
     assert len(first) == 64
     assert digest(WITH, base) == digest(WITH, BASES, method="pca") == first
     assert digest(BASES, WITH) != first
@@ -130,7 +130,7 @@ def test_pairs_that_are_none_are_refused(model):
         ts.extract(model, BASES, BASES)
     with pytest.raises(ValueError, match="method 'lda' is none of 'mean', 'pca'"):
         ts.extract(model, WITH, BASES, method="lda")
-    base = ts.mean_residuals(model, BASES)
+    base = mean_residuals(model, BASES)
     with pytest.raises(ValueError, match="'pca' needs the prompts of without, not their mean"):
         ts.extract(model, WITH, base, method="pca")
     with pytest.raises(ValueError, match="without was measured on another model, or with another"):
@@ -146,4 +146,4 @@ def test_pairs_that_are_none_are_refused(model):
 def test_states_that_are_not_finite_name_the_prompt_and_the_layer(model):
     model.decoder.blocks[2].mlp.down.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"prompt \d gives NaN or infinite states at layer 2"):
-        ts.mean_residuals(model, BASES, chat=False)
+        mean_residuals(model, BASES, chat=False)

@@ -8,7 +8,9 @@ from checkpoints import VARIANTS
 
 import tinysteer as ts
 from tinysteer.model.cache import Cache
-from tinysteer.model.decoder import CHUNK, Decoder, unsteered
+from tinysteer.model.config import Config
+from tinysteer.model.decoder import CHUNK, Decoder
+from tinysteer.model.stream import unsteered
 from tinysteer.text.tokenizer import pad
 
 T = 24
@@ -82,7 +84,7 @@ def test_a_prompt_in_chunks_is_the_same_prompt(pair, monkeypatch):
     close(ours.logits(some_tokens()), whole)
 
 
-def flips(config: ts.Config) -> dict[str, ts.Config]:
+def flips(config: Config) -> dict[str, Config]:
     """The config with one trait changed at a time, for each trait this model has."""
     change = {
         "norm_offset": 1.0 - config.norm_offset,

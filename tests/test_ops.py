@@ -13,7 +13,7 @@ from dispatch import Calls
 from test_steering import case
 from tinysteer_kernels import Move, MoveTables, add_steer_norm, compile_moves, residual, steer
 from tinysteer_kernels import steering as steering_module
-from tinysteer_kernels.checks import check_steering, check_stream, check_surroundings
+from tinysteer_kernels.checks import check_residual, check_steering, check_stream
 from tinysteer_kernels.decode import gated
 from tinysteer_kernels.devices import HAS_TRITON
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -179,7 +179,7 @@ def test_a_launch_reads_nothing_and_allocates_nothing_but_its_results(T, monkeyp
         steering_module.steer_launch(x, bank, tables, position, slot)
     assert calls.names == []
     with Calls() as calls:
-        check_surroundings(x, delta, weight, None)
+        check_residual(x, delta, weight, None)
         steering = bank, tables, position, slot
         residual.add_steer_norm_launch(x, delta, weight, 1e-6, 0.0, None, *steering)
     assert calls.names == ["aten.new_empty.default"] * 2

@@ -187,7 +187,7 @@ def test_positions_beyond_int32_and_empty_windows_are_refused(first, last):
 WRONG = {
     "one flat list": ([Move(0, bias=8.0)], "list of lists"),
     "dicts": ([{"index": 0}], "list of lists"),
-    "tuples for moves": ([[(0, 8.0)]], "is no Move"),
+    "tuples for moves": ([[(0, 8.0)]], "is not a Move"),
     "a tensor for an index": ([[Move(torch.zeros(8))]], "numbers of 32 bits"),
     "a fraction for an index": ([[Move(0.5)]], "names no direction"),
     "a word for a number": ([[Move(0, bias="high")]], "numbers of 32 bits"),

@@ -11,10 +11,9 @@ import pytest
 import tokenizers
 from checkpoints import make_tokenizer
 
-import tinysteer as ts
 from tinysteer.text.chat import Renderer, render
 from tinysteer.text.chat_sandbox import CHARACTERS
-from tinysteer.text.tokenizer import pad
+from tinysteer.text.tokenizer import Tokenizer, pad
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 CONVERSATIONS = {
@@ -94,8 +93,8 @@ assistant:
 }
 
 
-def chatting(template: str | None, **options) -> ts.Tokenizer:
-    return ts.Tokenizer(make_tokenizer(), template=template, special=SPECIAL, **options)
+def chatting(template: str | None, **options) -> Tokenizer:
+    return Tokenizer(make_tokenizer(), template=template, special=SPECIAL, **options)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -157,7 +156,7 @@ def test_there_is_exactly_one_bos_however_many_are_given():
 def test_there_is_no_bos_where_the_model_has_none():
     ours = chatting("{{ messages[0].content }}", adds_bos=False)
     assert 1 not in ours.chat("Hi")
-    nameless = ts.Tokenizer(make_tokenizer(), template="{{ messages[0].content }}", adds_bos=True)
+    nameless = Tokenizer(make_tokenizer(), template="{{ messages[0].content }}", adds_bos=True)
     assert 1 not in nameless.chat("Hi")
 
 
@@ -181,9 +180,9 @@ def without_post_processor(folder: Path):
 
 def test_whether_a_bos_is_added_is_read_from_the_files(folder):
     def first() -> int:
-        return ts.Tokenizer.load(folder).encode("hi")[0]
+        return Tokenizer.load(folder).encode("hi")[0]
 
-    h = ts.Tokenizer.load(folder).encode("hi")[1]
+    h = Tokenizer.load(folder).encode("hi")[1]
     assert first() == 1  # tokenizer.json adds one
     add(folder, "tokenizer_config.json", add_bos_token=False)
     assert first() == h
@@ -200,7 +199,7 @@ def test_whether_a_bos_is_added_is_read_from_the_files(folder):
 def test_special_tokens_may_be_described_at_length(folder):
     described = {"content": "<s>", "lstrip": False, "special": True}
     add(folder, "tokenizer_config.json", bos_token=described, add_bos_token=True, unk_token=None)
-    assert ts.Tokenizer.load(folder).special == SPECIAL
+    assert Tokenizer.load(folder).special == SPECIAL
 
 
 def test_truncation_and_padding_of_the_file_are_off(folder):
@@ -208,14 +207,14 @@ def test_truncation_and_padding_of_the_file_are_off(folder):
     vocabulary.enable_truncation(4)
     vocabulary.enable_padding(length=10)
     vocabulary.save(str(folder / "tokenizer.json"))
-    ours = ts.Tokenizer.load(folder)
+    ours = Tokenizer.load(folder)
     assert len(ours.encode("seven!!")) == 8
     assert len(ours.encode("")) == 1
 
 
 def test_the_template_is_found_in_its_three_places(folder):
     def text() -> str:
-        return ts.Tokenizer.load(folder).format("Hi")
+        return Tokenizer.load(folder).format("Hi")
 
     assert text() == "Q: Hi\nA:"
     several = [{"name": "rag", "template": "rag"}, {"name": "tool_use", "template": "tool"}]
@@ -241,7 +240,7 @@ def with_turn_ends(folder: Path) -> dict[str, int]:
 
 def test_stop_ids_come_from_every_file(folder):
     def stops() -> set[int]:
-        return set(ts.Tokenizer.load(folder).stop_ids)
+        return set(Tokenizer.load(folder).stop_ids)
 
     assert stops() == {2}  # the tokenizer's own
     add(folder, "config.json", text_config={"eos_token_id": 17})
@@ -392,4 +391,4 @@ def test_a_bos_that_tokenizer_json_alone_names_is_kept(config, checkpoint, tmp_p
     (folder / "tokenizer.json").write_text((source / "tokenizer.json").read_text())
     if config:
         (folder / "tokenizer_config.json").write_text(config)
-    assert ts.Tokenizer.load(folder).encode("a")[0] == 1
+    assert Tokenizer.load(folder).encode("a")[0] == 1

@@ -13,34 +13,23 @@ with warnings.catch_warnings():  # torch warns where numpy is missing; nothing h
     import torch  # noqa: F401
 
 from tinysteer.decoding.explanation import Explanation
-from tinysteer.decoding.generation import Options
-from tinysteer.extraction import MeanResiduals, extract, mean_residuals
+from tinysteer.extraction import extract
 from tinysteer.language_model import LanguageModel, load
-from tinysteer.model.config import Config, Layer
-from tinysteer.model.rope import Rope
 from tinysteer.steering.edits import Direction, Edit
 from tinysteer.steering.plans import load_plan
 from tinysteer.steering.vectors import SteeringVector
-from tinysteer.text.tokenizer import Tokenizer
 from tinysteer.version import VERSION
 
 __version__ = VERSION
 
 __all__ = [
-    "Config",
     "Direction",
     "Edit",
     "Explanation",
     "LanguageModel",
-    "Layer",
-    "MeanResiduals",
-    "Options",
-    "Rope",
     "SteeringVector",
-    "Tokenizer",
     "__version__",
     "extract",
     "load",
     "load_plan",
-    "mean_residuals",
 ]

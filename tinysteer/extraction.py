@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tinysteer.decoding.generation import check_lengths
 from tinysteer.language_model import LanguageModel
 from tinysteer.model.cache import Cache
-from tinysteer.model.decoder import Recorder
+from tinysteer.model.stream import Recorder
 from tinysteer.steering.vectors import SteeringVector
 from tinysteer.text.tokenizer import Prompt, pad
 from tinysteer.version import VERSION
@@ -38,6 +38,9 @@ class MeanResiduals:
     n: int
     digest: str  # of the prompts
     source: tuple[str, str, bool]  # model, revision, whether the prompts were formatted
+
+
+Side = Sequence[Prompt] | MeanResiduals  # the prompts of one side of the pairs, or their mean
 
 
 def mean_residuals(
@@ -109,8 +112,8 @@ def last_residuals(model: LanguageModel, ids: Sequence[Sequence[int]]) -> Tensor
 
 def extract(
     model: LanguageModel,
-    with_instruction: Sequence[Prompt] | MeanResiduals,
-    without: Sequence[Prompt] | MeanResiduals,
+    with_instruction: Side,
+    without: Side,
     *,
     method: str = "mean",
     name: str = "",
@@ -145,12 +148,8 @@ def extract(
     }
     metadata = {key: value for key, value in metadata.items() if value}
     run = mean_residuals if method == "mean" else all_residuals
-    sampled = [
-        side
-        if isinstance(side, MeanResiduals)
-        else run(model, side, chat=chat, batch_size=batch_size)
-        for side in sides.values()
-    ]
+    how = {"chat": chat, "batch_size": batch_size}
+    sampled = [s if isinstance(s, MeanResiduals) else run(model, s, **how) for s in sides.values()]
     means = [side.mean if method == "mean" else side.mean(1) for side in sampled]
     if torch.equal(*means):
         raise ValueError(SAME)
@@ -159,17 +158,12 @@ def extract(
     return SteeringVector.along(principal(sampled[0] - sampled[1]), *means, metadata)
 
 
-def size(side: Sequence[Prompt] | MeanResiduals) -> int:
+def size(side: Side) -> int:
     """How many prompts."""
     return side.n if isinstance(side, MeanResiduals) else len(side)
 
 
-def check_sides(
-    model: LanguageModel,
-    sides: Mapping[str, Sequence[Prompt] | MeanResiduals],
-    method: str,
-    chat: bool,
-) -> None:
+def check_sides(model: LanguageModel, sides: Mapping[str, Side], method: str, chat: bool) -> None:
     """ValueError for sides that are not pairs, or that the method or the model cannot use."""
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(map(repr, METHODS))}")

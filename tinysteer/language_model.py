@@ -17,7 +17,8 @@ from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device
 from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
 from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
-from tinysteer.model.decoder import CHUNK, Decoder, Recorder
+from tinysteer.model.decoder import CHUNK, Decoder
+from tinysteer.model.stream import Recorder
 from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
 from tinysteer.steering.edits import Edit
 from tinysteer.text.streaming import TextStream
@@ -241,7 +242,7 @@ class LanguageModel:
         if not 1 <= prompt_length <= T:
             raise ValueError(f"prompt_length is {prompt_length}; there are {T} columns of tokens")
         cache = Cache(self.decoder, start, prompt_length, T)
-        steer = seam(self._edits(steer, B), self.device, self.dtype)
+        steer = seam(self._edits(steer, B), self.decoder.embed.weight)
         return tokens.long().to(self.device).split(CHUNK, dim=1), cache, steer
 
     def _ids(self, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:

@@ -353,15 +353,15 @@ def tasks(seed: int = 0) -> dict:
             for topic, aspect in zip(topics, aspects, strict=True)
         ]
 
-    seen = [topic for topic in TOPICS if not topic.held_out]
-    rng.shuffle(seen)
+    trained = [topic for topic in TOPICS if not topic.held_out]
+    rng.shuffle(trained)
     held_out = [topic for topic in TOPICS if topic.held_out]
     rng.shuffle(held_out)
     return {
         "instructions": INSTRUCTIONS,
         "words": list(WORDS),
-        "pairs": questions(seen[:60]),
-        "validation": questions(seen[60:68]),
+        "pairs": questions(trained[:60]),
+        "validation": questions(trained[60:68]),
         "test": questions(held_out[:40]),
     }
 

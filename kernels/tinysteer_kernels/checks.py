@@ -55,9 +55,7 @@ def check_steering(
             raise ValueError(f"{name} has strides {tensor.stride()}: make it contiguous")
 
 
-def check_surroundings(
-    x: Tensor, delta: Tensor, weight: Tensor, post_weight: Tensor | None
-) -> None:
+def check_residual(x: Tensor, delta: Tensor, weight: Tensor, post_weight: Tensor | None) -> None:
     """ValueError, with the sizes seen, for what does not go together."""
     check_stream(x)
     D = x.shape[2]

@@ -102,10 +102,10 @@ def op(name: str, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Call
         )
 
     def register(function: Callable) -> Callable:
-        namespace = __package__.replace(".", "_")
-        made = torch.library.custom_op(f"{namespace}::{name}", mutates_args=mutates)(function)
-        made.register_fake(fake)
-        made.register_vmap(refuse)
-        return made
+        full = f"{__package__.replace('.', '_')}::{name}"
+        custom = torch.library.custom_op(full, mutates_args=mutates)(function)
+        custom.register_fake(fake)
+        custom.register_vmap(refuse)
+        return custom
 
     return register

@@ -19,7 +19,7 @@ bit, y but for sums of squares in another order.
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_surroundings
+from .checks import check_residual
 from .devices import as_is, op, tl, traced, triton
 from .steering import acting, fits, moved_by, place, prepared, stands, steer_reference, steer_tiling
 from .tables import MoveTables
@@ -131,7 +131,7 @@ def add_steer_norm(
 
     On a GPU one launch, as fit for CUDA graphs as `steer`.
     """
-    check_surroundings(x, delta, weight, post_weight)
+    check_residual(x, delta, weight, post_weight)
     if tables is not None and bank is None:
         raise ValueError("tables need the bank of directions that they name")
     steering = (None,) * 4 if tables is None else prepared(x, bank, tables, position, slot)

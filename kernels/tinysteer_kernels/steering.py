@@ -1,14 +1,14 @@
 """The op `steer`: x += the moves of its row, in order, in one pass over the residual stream.
 
-B  batch    T  positions    D  model width    K  moves per row    N  directions in the bank
-R  rows of the tables
+B  batch    T  positions    D  model width    R  rows of the tables    K  moves of one
+N  directions in the bank
 
 tables.py says what a move is, and why K dot products, a recurrence of K scalars and one weighted
 sum do. Here are, downwards, that formula in PyTorch, the kernel, and the op with its launcher.
 
 The kernel reads and writes x once and reads each row's directions: in 16 bits 4 B T D + 2 B K D
-bytes at least, where one hook a move takes 4 B T D each. While decoding it is the two reads that
-wait for each other that take the time, of a table and of the direction it names.
+bytes at least, where one hook a move takes 4 B T D each. Decoding, it mostly waits for two reads,
+one after the other: of a table, and of the direction that it names.
 """
 
 import torch
@@ -47,8 +47,7 @@ def moves_of(h: Tensor, u: Tensor, tables: MoveTables, position: Tensor | None) 
     """
     p = h @ u.mT  # (B, T, K)
     d = torch.zeros_like(p)
-    at = p.new_zeros(p.shape[:2], dtype=torch.int32) if position is None else position
-    at = at[..., None]
+    at = p.new_zeros(1, 1, 1) if position is None else position[..., None]
     bias, slope, low, high = tables.bias, tables.slope, tables.low, tables.high
     acts = (tables.first[:, None] <= at) & (at <= tables.last[:, None])
     acts &= (tables.index >= 0)[:, None]

@@ -79,9 +79,7 @@ class MoveTables:
         """Take other's contents in place, as a captured CUDA graph needs it. Shapes must agree."""
         if self.packed.shape != other.packed.shape:
             old, new = tuple(self.index.shape), tuple(other.index.shape)
-            raise ValueError(
-                f"tables of {old} rows and moves, {new} new: with the same `capacity`?"
-            )
+            raise ValueError(f"tables of {old} rows and moves, {new} new: the same `capacity`?")
         self.packed.copy_(other.packed, non_blocking=True)
         return self
 
@@ -188,7 +186,7 @@ def checked(moves: Sequence[Move], n_directions: int) -> Tensor:
     """(n, 7) float64, the fields of moves. ValueError for what is none in such a bank."""
     for move in moves if set(map(type, moves)) - {Move} else ():
         if not isinstance(move, Move):
-            raise ValueError(f"{move!r:.60} is no Move(index of a direction, bias, ...)")
+            raise ValueError(f"{move!r:.60} is not a Move(index of a direction, bias, ...)")
     try:
         values = array("d", [*chain.from_iterable(moves), 0.0])
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

@@ -45,12 +45,7 @@ class Explanation:
 
     def as_dict(self) -> dict:
         """The same as plain data, for JSON."""
-        return {
-            "tokens": self.tokens,
-            "positions": self.positions,
-            "edits": [repr(edit) for edit in self.edits],
-            "d": self.d.tolist(),
-        }
+        return vars(self) | {"edits": list(map(repr, self.edits)), "d": self.d.tolist()}
 
 
 @torch.no_grad()
@@ -66,9 +61,9 @@ def explain(
     The last new token is never run, so nothing moves it.
     """
     tokens, start = pad(prompts)
-    B, T = tokens.shape
+    T = tokens.shape[1]
     tokens = tokens.to(decoder.embed.weight.device)
-    steer = Explaining(rows, tokens.device, decoder.embed.weight.dtype)
+    steer = Explaining(rows, decoder.embed.weight)
     cache = Cache(decoder, start, T, T + max_new_tokens)
     x = decoder.prefill(tokens, cache, steer)
     for left in reversed(range(max_new_tokens)):
@@ -76,36 +71,22 @@ def explain(
         tokens = torch.cat([tokens, chosen], dim=1)
         if left:
             x = decoder(chosen, cache, steer)
-    d = {layer: torch.cat(parts, dim=1).cpu() for layer, parts in steer.d.items()}
-    return [
-        explain_row(tokenizer, tokens[b].tolist(), int(start[b]), T, rows[b], d, b)
-        for b in range(B)
-    ]
-
-
-def explain_row(
-    tokenizer: Tokenizer,
-    ids: list[int],
-    start: int,
-    prompt: int,
-    edits: Sequence[Edit],
-    d: dict[int, Tensor],
-    b: int,
-) -> Explanation:
-    """One row of a batch, cut after what ended its answer. d: of each layer, (B, T or T - 1, K)."""
-    end = next((t + 1 for t in range(prompt, len(ids)) if ids[t] in tokenizer.stop_ids), len(ids))
-    place: dict[int, int] = {}  # of the next edit among its layer's
-    moved = []
-    for edit in edits:
-        k = place.setdefault(edit.layer, 0)
-        place[edit.layer] += 1
-        moved.append(F.pad(d[edit.layer][b, :, k], (0, 1))[:end])
-    inside = range(start, end)
-    names = [tokenizer.vocabulary.id_to_token(i) or f"<{i}>" for i in ids[:end]]
-    names = [repr(name)[1:-1] for name in names]  # one may be a line's end
-    return Explanation(
-        tokens=[names[t] if t in inside else None for t in range(end)],
-        positions=[t - (prompt - 1) if t in inside else None for t in range(end)],
-        edits=list(edits),
-        d=torch.stack(moved) if moved else torch.zeros(0, end, device="cpu"),
-    )
+    # What of each layer moved: (B, K, T), one column more for a last new token
+    d = {layer: F.pad(torch.cat(parts, 1).mT, (0, 1)).cpu() for layer, parts in steer.d.items()}
+    explanations = []
+    for b, (ids, edits) in enumerate(zip(tokens.tolist(), rows, strict=True)):
+        end = next((t + 1 for t in range(T, len(ids)) if ids[t] in tokenizer.stop_ids), len(ids))
+        of_layer = {layer: iter(moved[b, :, :end]) for layer, moved in d.items()}
+        moved = [next(of_layer[edit.layer]) for edit in edits]
+        names = [tokenizer.vocabulary.id_to_token(i) or f"<{i}>" for i in ids[:end]]
+        names = [repr(name)[1:-1] for name in names]  # one may be a line's end
+        inside = range(int(start[b]), end)
+        explanations.append(
+            Explanation(
+                tokens=[names[t] if t in inside else None for t in range(end)],
+                positions=[t - (T - 1) if t in inside else None for t in range(end)],
+                edits=list(edits),
+                d=torch.stack(moved) if moved else torch.zeros(0, end, device="cpu"),
+            )
+        )
+    return explanations

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.model.cache import Cache
-from tinysteer.model.decoder import Decoder, Seam, unsteered
+from tinysteer.model.decoder import Decoder
+from tinysteer.model.stream import Seam, unsteered
 from tinysteer.steering.batch import SteeringBuffers, alike, depth, direction_key, distinct, seam
 from tinysteer.steering.edits import Edit
 
@@ -91,7 +92,7 @@ class Decoding:
     ):
         self.decoder, self.capture, self.around, self.clear = decoder, capture, around, clear
         self.rows, self.length = rows, length
-        self.device, self.dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
+        self.device = decoder.embed.weight.device
         self.key = weights_key(decoder)
         self.lag = int(self.device.type == "cuda")  # steps that run ahead of what is read
         self._allocate()
@@ -163,13 +164,13 @@ class Decoding:
         if not any(edits):
             return unsteered, (0, 0)
         if self.capture is None:
-            return seam(edits, self.device, self.dtype), (0, 0)
+            return seam(edits, self.decoder.embed.weight), (0, 0)
         capacity, spare = rounded(max(depth(edits), EDITS)), self.rows - len(edits)
         directions = {direction_key(edit.direction) for row in distinct(edits) for edit in row}
         size = capacity, rounded(max(len(directions), DIRECTIONS))
         if size not in self.steering:
-            sizes = self.decoder.config, self.rows, *size
-            self.steering[size] = SteeringBuffers(*sizes, self.device, self.dtype)
+            sizes = self.decoder.config.n_layers, self.rows, *size
+            self.steering[size] = SteeringBuffers(self.decoder.embed.weight, *sizes)
         self.steering[size].copy_([*edits, *[[]] * spare])
         return self.steering[size], size
 

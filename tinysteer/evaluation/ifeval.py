@@ -115,12 +115,12 @@ def load_prompts(path: str | Path | None = None) -> list[dict]:
 
         path = hf_hub_download(*HUB_FILE, repo_type="dataset")
     rows = []
-    for place, row in read_jsonl(path):
+    for line, row in read_jsonl(path):
         try:
             for name, given in zip(row["instruction_id_list"], row["kwargs"], strict=True):
                 prepare(name, given)
             row["prompt"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise ValueError(f"{line}: {error}") from error
         rows.append(row)
     return rows

@@ -57,14 +57,14 @@ def run(study: Study) -> Findings:
 
 def remarks(study: Study, items: Sequence[Item], vectors: Vectors) -> list[str]:
     """What a reader of the numbers should know of the texts."""
-    found, missing = [], sorted({item.instruction for item in items} - set(vectors))
+    notes, missing = [], sorted({item.instruction for item in items} - set(vectors))
     if missing:
-        found.append(f"Without pairs, and so unsteered: {', '.join(missing)}.")
+        notes.append(f"Without pairs, and so unsteered: {', '.join(missing)}.")
     used = {item.request for part in pairs_of(study) for rows in part.values() for item in rows}
     shared = sum(item.request in used for item in items)
     if shared:
-        found.append(f"{shared} of the {len(items)} requests are also among the pairs' requests.")
-    return found
+        notes.append(f"{shared} of the {len(items)} requests are also among the pairs' requests.")
+    return notes
 
 
 Way = tuple[Vectors, Layers]

@@ -50,18 +50,18 @@ def curves(asked: Tensor, plain: Tensor) -> dict[str, Tensor]:
 
 
 def similarity(study: Study) -> Findings:
-    size, found = study.settings.batch_size, {}
+    size, by_name = study.settings.batch_size, {}
     for name, items in pairs_of(study).items():
         states = (
             all_residuals(study.model, texts, True, size)
             for texts in ([item.prompt for item in items], [item.request for item in items])
         )
-        found[name] = curves(*states)
+        by_name[name] = curves(*states)
     table = Table("Mean cosine of the last token's states, by layer (mean over instructions)")
     for layer in range(study.model.config.n_layers):
-        cells = {c: mean([float(each[c][layer]) for each in found.values()]) for c in CURVES}
+        cells = {c: mean([float(each[c][layer]) for each in by_name.values()]) for c in CURVES}
         table.rows.append({"layer": layer} | cells)
-    data = {name: {c: each[c].tolist() for c in CURVES} for name, each in found.items()}
+    data = {name: {c: each[c].tolist() for c in CURVES} for name, each in by_name.items()}
     notes = [f"{name}: {text}." for name, text in CURVES.items()]
     return Findings([table], notes, {"curves": data})
 

@@ -18,16 +18,16 @@ def draw(findings: Findings, out: Path) -> list[Path]:
     except ImportError:
         raise ValueError('pictures need matplotlib: pip install "tinysteer[plot]"') from None
     matplotlib.use("Agg")
-    made = [bars(table.title, table.rows, out) for table in findings.tables if table.rows]
+    paths = [bars(table.title, table.rows, out) for table in findings.tables if table.rows]
     data = findings.data
-    made.append(histograms(data["words"], out) if "words" in data else None)
-    made.append(lines(data["curves"], out) if "curves" in data else None)
+    paths.append(histograms(data["words"], out) if "words" in data else None)
+    paths.append(lines(data["curves"], out) if "curves" in data else None)
     validation = data.get("validation", [])
     for vectors in dict.fromkeys(row.get("vectors", "") for row in validation):
         rows = [row for row in validation if row.get("vectors", "") == vectors]
         if rows[0].get("instruction"):
-            made.append(heat_map(rows, out, f"layers {vectors}".strip()))
-    return [path for path in made if path]
+            paths.append(heat_map(rows, out, f"layers {vectors}".strip()))
+    return [path for path in paths if path]
 
 
 def figure(width: float, height: float):

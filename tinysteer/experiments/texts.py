@@ -87,7 +87,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 def placed_items(path: str | Path) -> Iterator[tuple[str, Item]]:
     """The same, each behind its file and line."""
-    for place, row in read_jsonl(path):
+    for line, row in read_jsonl(path):
         try:
             ids = row.get("instruction_id_list") or [row["single_instruction_id"]]
             kwargs = row.get("kwargs") or [{}]
@@ -96,11 +96,11 @@ def placed_items(path: str | Path) -> Iterator[tuple[str, Item]]:
             item = Item(plain, asked, name_of(ids[0], kwargs), kwargs)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
-                f"{place}: needs prompt, prompt_without_instruction, instruction_id_list "
+                f"{line}: needs prompt, prompt_without_instruction, instruction_id_list "
                 f"and kwargs ({type(error).__name__}: {error})"
             ) from None
         if len(ids) == 1:  # more instructions at once are no pair for one vector
-            yield place, item
+            yield line, item
 
 
 def read_requests(path: str | Path) -> list[str]:
@@ -116,14 +116,14 @@ def read_requests(path: str | Path) -> list[str]:
 
 def checkable(items: Sequence[Item]) -> list[Item]:
     """Those whose instruction says all that its check needs."""
-    found = []
+    kept = []
     for item in items:
         try:
             prepare(item.instruction_id, item.kwargs)
         except ValueError:
             continue
-        found.append(item)
-    return found
+        kept.append(item)
+    return kept
 
 
 def of_instruction(items: Sequence[Item]) -> dict[str, list[Item]]:

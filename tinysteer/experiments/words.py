@@ -177,14 +177,14 @@ def rows_of(
             for i, item in enumerate(items):
                 word = word_of(item)
                 vector = words.vector("include", word)
-                made = {
+                steer = {
                     "unsteered": lambda: [],
                     "steered": lambda v=vector: edits(study, v, choice),
                     "random": lambda v=vector, i=i: edits(study, v.random_like(i), choice),
                     "own": lambda w=word: edits(study, words.vector("exclude", w), own),
                 }[arm]()
                 labels = {"kind": kind, "setting": setting, "arm": arm, "row": i}
-                asks.append(Ask(getattr(item, text), made, labels))
+                asks.append(Ask(getattr(item, text), steer, labels))
                 places.append((setting, arm, item))
     texts = study.answer(asks, study.settings.max_new_tokens or TOKENS)
     hits: dict[tuple[str, str], list[bool]] = {}

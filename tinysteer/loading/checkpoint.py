@@ -98,7 +98,8 @@ def sources_of(stored: dict[str, Stored], decoder: Decoder) -> dict[str, list[st
     ValueError naming what is missing, unexpected or of another shape.
     """
     # A text model inside a multimodal one: its tensors by their plain names.
-    plain = {name.replace(TEXT_PREFIX, ""): name for name in stored if not ignored(name)}
+    ours = (name for name in stored if not any(part in name for part in IGNORED))
+    plain = {name.replace(TEXT_PREFIX, ""): name for name in ours}
     names, sources, wrong = FAMILIES[decoder.config.family].names, {}, []
     for target, parameter in decoder.named_parameters():
         module, kind = target.rsplit(".", 1)
@@ -149,10 +150,6 @@ def load_decoder(
             row += len(tensor)
         setattr(decoder.get_submodule(module), kind, nn.Parameter(weight, requires_grad=False))
     return decoder.eval()
-
-
-def ignored(name: str) -> bool:
-    return any(part in name for part in IGNORED)
 
 
 def shorten(names: list[str], most: int = 3) -> str:

@@ -66,7 +66,10 @@ def sentences(
             f"{nowhere}it is no Hugging Face Hub id (owner/name) either"
         ) from None
     except errors.GatedRepoError:
-        raise gated_error(source) from None
+        raise PermissionError(
+            f"{source} is gated: accept its terms at https://huggingface.co/{source}, then set "
+            "HF_TOKEN to a token of that account or run `hf auth login`"
+        ) from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{nowhere}the Hugging Face Hub has no {source} (where it is private, set HF_TOKEN to "
@@ -97,13 +100,6 @@ def lacking(folder: Path, weights: bool) -> list[str]:
 def is_embedded(source: str | Path) -> bool:
     """Whether it names a model of the package; a folder of that name is ./NAME, or a Path."""
     return isinstance(source, str) and source in EMBEDDED
-
-
-def gated_error(source: str | Path) -> PermissionError:
-    return PermissionError(
-        f"{source} is gated: accept its terms at https://huggingface.co/{source}, then set "
-        "HF_TOKEN to a token of that account or run `hf auth login`"
-    )
 
 
 def what_failed(error: Exception, source: str | Path, unreachable: str) -> Exception:

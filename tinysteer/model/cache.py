@@ -8,13 +8,13 @@ import copy
 import torch
 from tinysteer_kernels import PADDING
 from tinysteer_kernels.decode import View
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinysteer.model.config import Layer
 
 
 class Cache:
-    """Keys and values of `length` columns, and where each row's text lies in them.
+    """A `Decoder`'s keys and values of `length` columns, and where each row's text lies in them.
 
     Rows are padded on the left: row b's text begins at column start[b] (B,), and every prompt
     ends before column `prompt`. room (B,) says how many positions each row will have at most;
@@ -29,12 +29,7 @@ class Cache:
     BLOCK = 64
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        start: Tensor,
-        prompt: int,
-        length: int,
-        room: Tensor | None = None,
+        self, decoder, start: Tensor, prompt: int, length: int, room: Tensor | None = None
     ):
         config, weight = decoder.config, decoder.embed.weight
         B, device = len(start), weight.device
@@ -80,18 +75,18 @@ class Cache:
         reach = min(-(-self.filled // self.block) * self.block, self.length)
         query = self.column + torch.arange(T, device=self.column.device)
         self.column += T
-        place = query - self.start[:, None]  # (B, T) within the row's own text
-        at = place.clamp(min=0)
+        offset = query - self.start[:, None]  # (B, T) within the row's own text
+        nearest = offset.clamp(min=0)
         turns = {
-            rope: [table[sets, at][:, None] for table in self.tables[rope]]
+            rope: [table[sets, nearest][:, None] for table in self.tables[rope]]
             for rope, sets in self.sets.items()
         }
         views = {
             kind: View(*turns[kind.rope], query, self.start, reach, kind.window)
             for kind in self.kinds
         }
-        position = (query - self.last).expand(place.shape)
-        return views, position.masked_fill(place < 0, PADDING).to(torch.int32)
+        position = (query - self.last).expand(offset.shape)
+        return views, position.masked_fill(offset < 0, PADDING).to(torch.int32)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each (B, G, length, head_dim)."""

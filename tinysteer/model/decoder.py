@@ -8,93 +8,22 @@ Layer L is the residual stream after block L, counted from 0.
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels import add_steer_norm
-from tinysteer_kernels.decode import View, attend, gated, rms_norm
+from tinysteer_kernels.decode import View, attend, gated
+from tinysteer_kernels.devices import as_is
 from torch import Tensor, nn
 
 from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
+from tinysteer.model.stream import Norms, RMSNorm, Seam, add, unsteered, weight_of
 
 CHUNK = 512  # positions run at once: bounds the mask and the scores of a long prompt
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, config: Config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps, self.offset = config.norm_eps, config.norm_offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
-
-
-class Norms(NamedTuple):
-    """What surrounds a sum of the residual stream."""
-
-    post: nn.Module  # of what is added to it: an RMSNorm, or an identity
-    next: RMSNorm  # of the sum, for what reads it
-
-
-def weight_of(norm: nn.Module) -> Tensor | None:
-    """A norm's weight; an identity has none."""
-    return getattr(norm, "weight", None)
-
-
-def add(x: Tensor, delta: Tensor, norms: Norms, **steering) -> tuple[Tensor, Tensor]:
-    """x (B, T, D) + norms.post(delta), edited if `steering` says so, and norms.next of it."""
-    norm, traits = norms.next, {"offset": norms.next.offset, "post_weight": weight_of(norms.post)}
-    return add_steer_norm(x, delta, norm.weight, norm.eps, **traits, **steering)
-
-
-Seam = Callable[[Tensor, Tensor, Norms, int, Tensor], tuple[Tensor, Tensor]]
-
-
-def unsteered(
-    x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The seam without edits. Any function of this signature may stand in its place.
-
-    Block `layer` adds delta to the residual stream x, both (B, T, D); position (B, T) counts from
-    the last prompt token (0), and is PADDING where a row has no token. -> the stream after the
-    block, and its norm for the next block or the head.
-    """
-    return add(x, delta, norms)
-
-
-class Recorder:
-    """A seam that keeps the stream another one returns: for each layer a list of (B, T, D)."""
-
-    def __init__(self, n_layers: int, steer: Seam = unsteered, keep: slice = slice(None)):
-        self.steer, self.keep = steer, keep  # of each forward's positions
-        self.states: list[list[Tensor]] = [[] for _ in range(n_layers)]
-
-    def __call__(
-        self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x, y = self.steer(x, delta, norms, layer, position)
-        self.states[layer].append(x[:, self.keep].clone())
-        return x, y
-
-
-class Linear(nn.Linear):
-    """Weights come from a checkpoint: nothing is drawn first."""
-
-    def reset_parameters(self) -> None: ...
-
-
-class Embedding(nn.Embedding):
-    """Likewise."""
-
-    def reset_parameters(self) -> None: ...
-
-
-class Stacked(Linear):
+class Stacked(nn.Linear):
     """Several projections of one input in one product, stacked by rows: `parts` counts them."""
 
     def __init__(self, dim: int, parts: tuple[int, ...], bias: bool):
@@ -108,7 +37,7 @@ class Attention(nn.Module):
         self.layer = layer
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.qkv = Stacked(config.dim, (q, kv, kv), bias=config.attn_bias)
-        self.out = Linear(q, config.dim, bias=config.attn_bias)
+        self.out = nn.Linear(q, config.dim, bias=config.attn_bias)
         norm = partial(RMSNorm, config.head_dim, config) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
         self.attend = partial(
@@ -130,7 +59,7 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.gate_up = Stacked(config.dim, (config.hidden_dim,) * 2, bias=config.mlp_bias)
-        self.down = Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
+        self.down = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,9 +94,7 @@ def as_loaded(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def inside(self, *arguments):
-        kind = self.embed.weight.device.type
-        on = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if on else nullcontext():
+        with as_is(self.embed.weight, launched=False):
             return method(self, *arguments)
 
     return inside
@@ -179,11 +106,11 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.dim)
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config)
         self.head = (
-            nn.Identity() if config.tied else Linear(config.dim, config.vocab_size, bias=False)
+            nn.Identity() if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
 
     @as_loaded

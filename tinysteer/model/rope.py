@@ -44,9 +44,8 @@ class Rope:
     def choose(self, room: Tensor) -> Tensor:
         """room (B,), the most positions each row will have -> the set of tables it uses (B,).
 
-        LongRoPE has one set for texts within `original_length` and one for longer ones.
-        transformers may change over in the middle of a text, which keys already in a cache
-        cannot follow; here prompt and new tokens together decide once.
+        LongRoPE has one set for texts within `original_length` and one for longer ones. Prompt
+        and new tokens decide once: keys in a cache could not follow a change within a text.
         """
         return (room > self.original_length).long() * (self.scheme == "longrope")
 

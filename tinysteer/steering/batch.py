@@ -10,8 +10,7 @@ import tinysteer_kernels as kernels
 import torch
 from torch import Tensor
 
-from tinysteer.model.config import Config
-from tinysteer.model.decoder import Norms, Seam, add, unsteered
+from tinysteer.model.stream import Norms, Seam, add, unsteered
 from tinysteer.steering.edits import Direction, Edit, Origin
 from tinysteer.steering.vectors import SteeringVector
 
@@ -47,9 +46,8 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
         raise ValueError("steer has edits and lists of edits: give each prompt a list, or all one")
     if len(steer) != n_rows:
         raise ValueError(f"steer has {len(steer)} lists of edits for {n_rows} prompts")
-    copies = [list(row) for row in distinct(steer)]  # rows that share a list go on sharing one
-    of = {id(row): copy for row, copy in zip(distinct(steer), copies, strict=True)}
-    return [of[id(row)] for row in steer]
+    copies = {id(row): list(row) for row in steer}  # rows that share a list go on sharing one
+    return [copies[id(row)] for row in steer]
 
 
 def distinct(rows: Sequence) -> list:
@@ -77,8 +75,8 @@ def check_fit(
         origin = edit.origin or here
         maker = f"it was made for {origin.model or 'another model'}"
         if edit.direction.shape != (dim,):
-            width = edit.direction.shape[-1]
-            raise ValueError(f"the vector is {width} wide, this model {dim}: {maker}")
+            width = f"{edit.direction.shape[-1]} wide"
+            raise ValueError(f"the vector is {width}, this model {dim}: {maker}")
         if not 0 <= edit.layer < n_layers:
             raise ValueError(f"layer {edit.layer}: this model has layers 0 to {n_layers - 1}")
         if origin.n_layers != n_layers:
@@ -117,19 +115,14 @@ class Steering:
     bank: Tensor  # (N, D) in the model's type, the directions that the tables name
     tables: dict[int, kernels.MoveTables]
 
-    def __init__(
-        self,
-        rows: Sequence[Sequence[Edit]],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        capacity: int = 0,
-    ):
+    def __init__(self, rows: Sequence[Sequence[Edit]], like: Tensor):
+        """One list of edits a row. like: has the type and the device that the bank will have."""
         named, directions = with_names(rows, {})
-        layers = {layer for row in distinct(named) for layer, _ in row}
-        bank = stacked(directions, dtype)
-        tables = kernels.compile_moves(bank, named, capacity, max(layers, default=-1) + 1)
-        self.bank, stack = bank.to(device), kernels.MoveTables(tables.packed.to(device))
-        self.tables = {layer: stack[layer] for layer in sorted(layers)}
+        layers = sorted({layer for row in distinct(named) for layer, _ in row})
+        bank = stacked(directions, like.dtype)
+        tables = kernels.compile_moves(bank, named, n_layers=max(layers, default=-1) + 1)
+        self.bank, stack = bank.to(like.device), kernels.MoveTables(tables.packed.to(like.device))
+        self.tables = {layer: stack[layer] for layer in layers}
 
     def __call__(
         self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
@@ -143,23 +136,16 @@ class Steering:
 class SteeringBuffers(Steering):
     """Steering whose tables keep their sizes and places: every layer's, for a captured step."""
 
-    def __init__(
-        self,
-        config: Config,
-        n_rows: int,
-        capacity: int,
-        n_directions: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ):
-        self.bank = torch.zeros(n_directions, config.dim, device=device, dtype=dtype)
+    def __init__(self, like: Tensor, n_layers: int, n_rows: int, capacity: int, n_directions: int):
+        """capacity: of edits of a row at one layer. like (V, D): a model's embedding."""
+        self.bank = like.new_zeros(n_directions, like.shape[1])
         self.mirror = torch.zeros_like(self.bank, device="cpu")  # of the bank, for the host to read
-        self.capacity, self.n_layers = capacity, config.n_layers
+        self.capacity, self.n_layers = capacity, n_layers
         self.index: dict[tuple, int] = {}  # of the directions that the bank holds
         self.kept: list[Tensor] = []  # those directions, lest another take their memory
         blank = self._compiled([[]] * n_rows)
-        self.stack = kernels.MoveTables(blank.packed.to(device))
-        self.tables = {layer: self.stack[layer] for layer in range(config.n_layers)}
+        self.stack = kernels.MoveTables(blank.packed.to(like.device))
+        self.tables = {layer: self.stack[layer] for layer in range(n_layers)}
 
     def copy_(self, rows: Sequence[Sequence[Edit]]) -> "SteeringBuffers":
         """Take other edits, as many rows. Directions that are in the bank are not sent again."""
@@ -209,11 +195,11 @@ def with_names(
     for row in distinct(rows):
         named[id(row)] = moves = []
         for edit in row:
-            place = direction_key(edit.direction)
-            if place not in index:
-                index[place] = len(index)
+            key = direction_key(edit.direction)
+            if key not in index:
+                index[key] = len(index)
                 new.append(edit.direction)
-            moves.append((edit.layer, kernels.Move(index[place], *edit.move[1:])))
+            moves.append((edit.layer, edit.move._replace(index=index[key])))
     return [named[id(row)] for row in rows], new
 
 
@@ -235,25 +221,16 @@ def depth(rows: Sequence[Sequence[Edit]]) -> int:
     return max((n for count in counts for n in count.values()), default=0)
 
 
-def seam(
-    rows: Sequence[Sequence[Edit]],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Seam:
-    """One list of edits a row -> what a decoder of that type takes as `steer`."""
-    return Steering(rows, device, dtype) if any(rows) else unsteered
+def seam(rows: Sequence[Sequence[Edit]], like: Tensor) -> Seam:
+    """One list of edits a row -> what a decoder of like's type and device takes as `steer`."""
+    return Steering(rows, like) if any(rows) else unsteered
 
 
 class Explaining(Steering):
     """Steering that keeps how far each edit moved each position."""
 
-    def __init__(
-        self,
-        rows: Sequence[Sequence[Edit]],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ):
-        super().__init__(rows, device, dtype)
+    def __init__(self, rows: Sequence[Sequence[Edit]], like: Tensor):
+        super().__init__(rows, like)
         self.d: dict[int, list[Tensor]] = {layer: [] for layer in self.tables}  # (B, T, K) each
 
     def __call__(

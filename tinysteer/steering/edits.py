@@ -72,7 +72,7 @@ def window(where: Where) -> dict[str, int]:
     """ "all", "prompt", "generation" or (first, stop) -> an edit's `first` and `last`."""
     bounds = WINDOWS.get(where) if isinstance(where, str) else where
     whole = isinstance(bounds, tuple | list) and all(
-        b is None or isinstance(b, numbers.Integral) for b in bounds
+        b is None or (isinstance(b, numbers.Integral) and not isinstance(b, bool)) for b in bounds
     )
     if not whole or len(bounds) != 2:
         raise ValueError(
@@ -93,17 +93,15 @@ def parse_window(text: str) -> Where:
 
     ValueError for any other text.
     """
-    where: Where = text
-    if text not in WINDOWS:
-        first, comma, stop = text.partition(",")
-        try:
-            where = (int(first) if first else None, int(stop) if stop else None)
-        except ValueError:
-            comma = ""
-        if not comma:
-            raise ValueError(f"{text!r} is none of {', '.join(WINDOWS)}, and not FIRST,STOP")
-    window(where)
-    return where
+    if text in WINDOWS:
+        return text
+    try:
+        first, stop = (int(end) if end else None for end in text.split(","))
+    except ValueError:
+        names = ", ".join(WINDOWS)
+        raise ValueError(f"{text!r} is none of {names}, and not FIRST,STOP") from None
+    window((first, stop))
+    return first, stop
 
 
 def number(value: float) -> float:

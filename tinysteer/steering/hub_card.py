@@ -12,10 +12,8 @@ def card(repo: str, metadata: Mapping[str, str], dim: int, rows: Iterable[Sequen
     """The repository's README.md. rows: norm, target and baseline of each layer."""
     model = metadata.get("model", "")
     on_hub = model.count("/") == 1  # as in owner/name
-    layers = [
-        f"| {layer} | " + " | ".join(f"{x:.3f}" for x in row) + " |"
-        for layer, row in enumerate(rows)
-    ]
+    layers = [f"| {i} | {' | '.join(f'{x:.3f}' for x in row)} |" for i, row in enumerate(rows)]
+    facts = sorted(metadata.items())
     return TEMPLATE.read_text(encoding="utf-8").format(
         base_model=f"base_model: {json.dumps(model)}\n" if on_hub else "",
         title=cell(metadata.get("name") or metadata.get("formula", "")) or repo.split("/")[-1],
@@ -25,9 +23,7 @@ def card(repo: str, metadata: Mapping[str, str], dim: int, rows: Iterable[Sequen
         layer=len(layers) // 2,
         n_layers=len(layers),
         dim=dim,
-        provenance="\n".join(
-            f"| {key} | {cell(value)} |" for key, value in sorted(metadata.items())
-        ),
+        provenance="\n".join(f"| {key} | {cell(value)} |" for key, value in facts),
         layers="\n".join(layers),
     )
 

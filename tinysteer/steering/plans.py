@@ -11,6 +11,7 @@ or [first, stop]. What is left out has the verb's default.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -105,27 +106,20 @@ def check_entry(entry: Any, name: str) -> None:
         "vector": ("a file's name", lambda v: isinstance(v, str | Path) and str(v)),
         "layer": ("a whole number", lambda v: is_number(v, Integral)),
         "verb": ("a verb", lambda v: True),
-        "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", is_window),
+        "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", window),
         **dict.fromkeys(VERBS[verb], ("a finite number", is_number)),
     }
     for key, value in entry.items():
         if key not in kinds:
             raise ValueError(f"{name}.{key} is no key of {verb}, which has {', '.join(kinds)}")
         words, fits = kinds[key]
-        if not fits(value):
-            raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
+        with suppress(ValueError):
+            if fits(value):
+                continue
+        raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
 
 
 def is_number(value: Any, kind: type = Real) -> bool:
     """Of that kind, finite in float32, and not a truth value, which Python takes for a number."""
     largest = torch.finfo(torch.float32).max
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= largest
-
-
-def is_window(value: Any) -> bool:
-    if isinstance(value, Sequence) and any(isinstance(end, bool) for end in value):
-        return False
-    try:
-        return bool(window(value))
-    except ValueError:
-        return False

@@ -94,13 +94,13 @@ class SteeringVector:
 
     @property
     def origin(self) -> Origin:
-        """What it is called, and the model it was facts for."""
+        """What it is called, and the model it was made for."""
         model = (self.metadata.get(key, "") for key in ("model", "revision"))
         return Origin(self.label, *model, self.n_layers)
 
     @property
     def label(self) -> str:
-        """Its name or formula, or else the digest of the pairs it was facts from."""
+        """Its name or formula, or else the digest of the pairs it was made from."""
         about = self.metadata
         return about.get("name") or about.get("formula") or about.get("pairs_sha256", "")[:8]
 
@@ -171,9 +171,7 @@ class SteeringVector:
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn(self.directions.shape, generator=generator, device="cpu")
         directions = unit(noise) * (self.norms != 0)[:, None]
-        baselines = (
-            torch.zeros_like(self.norms) if without is None else (without * directions).sum(-1)
-        )
+        baselines = (directions * (0.0 if without is None else without)).sum(-1)
         about = {k: v for k, v in self.metadata.items() if k in ("model", "revision", "tinysteer")}
         about["formula"] = f"random direction {seed} like {term(self)}"
         return SteeringVector(directions, self.norms, baselines + self.norms, baselines, about)
@@ -189,14 +187,8 @@ class SteeringVector:
                 f"layer {layer}: the states with and without the instruction are equal there, "
                 "so it has no direction"
             )
-        return Direction(
-            layer,
-            self.directions[layer],
-            float(self.norms[layer]),
-            float(self.targets[layer]),
-            float(self.baselines[layer]),
-            self.origin,
-        )
+        numbers = (float(x[layer]) for x in (self.norms, self.targets, self.baselines))
+        return Direction(layer, self.directions[layer], *numbers, self.origin)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the four tensors, and the metadata as strings.

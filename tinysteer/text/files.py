@@ -33,11 +33,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
+        name = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not valid JSON ({error})") from None
+            raise ValueError(f"{name}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: a JSON {type(row).__name__}, not an object")
-        yield place, row
+            raise ValueError(f"{name}: a JSON {type(row).__name__}, not an object")
+        yield name, row

@@ -54,7 +54,11 @@ class Tokenizer:
         vocabulary.no_truncation()
         about = read_json(folder / "special_tokens_map.json")
         about |= read_json(folder / "tokenizer_config.json")
-        special = {k: content(v) for k, v in about.items() if names_token(k, v)}
+        special = {  # "bos_token", not "add_bos_token": its text, or a description that holds it
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in about.items()
+            if key.endswith("_token") and isinstance(value, str | dict)
+        }
         template = read_template(folder, about)
         added = vocabulary.encode("", add_special_tokens=True).ids
         if added and "bos_token" not in special:  # named by tokenizer.json alone
@@ -134,16 +138,6 @@ def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Te
     start = torch.tensor([T - len(ids) for ids in prompts], device="cpu")
     rows = [[0] * (T - len(ids)) + list(ids) for ids in prompts]
     return torch.tensor(rows, device="cpu"), start
-
-
-def names_token(key: str, value) -> bool:
-    """Whether a setting of tokenizer_config.json is such as "bos_token", not "add_bos_token"."""
-    return key.endswith("_token") and isinstance(value, str | dict)
-
-
-def content(token: str | dict) -> str:
-    """tokenizer_config.json names a token by its text or by a description holding it."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def read_template(folder: Path, about: dict) -> str | None:
