@@ -92,3 +92,12 @@ def real_pair(request):
     torch.set_num_threads(os.cpu_count() or 1)
     yield ts.load(folder, dtype="float32"), theirs.eval()
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    """Modules that have processes of their own at work start them now, beside all other tests."""
+    from tinysteer_kernels.devices import HAS_TRITON
+
+    if HAS_TRITON and not session.config.option.collectonly:
+        for module in {item.module for item in session.items}:
+            getattr(module, "started", lambda: None)()

@@ -220,15 +220,18 @@ def gated(activation, N=1500):
 
 # Cases and faults.
 
-SLOTS = (False, True)
 BANKS = {"": {}, ", position": {"placed": True}, ", float32": {"bank_dtype": FP32, "placed": True}}
 WIDTHS = {1: 64, 4: 320, 8: 576}  # by edits
 CASES = {f"gated, {name}": (gated, {"activation": name}) for name in ("silu", "gelu_tanh", "gelu")}
-for T, K, bank, shared, slotted in product((1, 5), WIDTHS, BANKS, (False, True), SLOTS):
+STEERED = [*product((1, 5), WIDTHS, BANKS, (False, True), (False,))]
+STEERED += product((1, 5), WIDTHS, [", position"], (False,), (True,))
+for T, K, bank, shared, slotted in STEERED:
     name = f"steer, {T} positions, {K} edits, {'shared' if shared else 'own'} directions"
     sizes = {"T": T, "K": K, "D": WIDTHS[K], "shared": shared, "slotted": slotted}
     CASES[f"{name}{bank}{', slots' * slotted}"] = steer, sizes | BANKS[bank]
-for T, K, post, offset, slotted in product((1, 5), (0, 4), (False, True), (0.0, 1.0), SLOTS):
+ADDED = [*product((1, 5), (0, 4), (False, True), (0.0, 1.0), (False,))]
+ADDED += product((1, 5), (4,), (False, True), (1.0,), (True,))
+for T, K, post, offset, slotted in ADDED:
     name = f"add_steer_norm, {T} positions, {K} edits, offset {offset}{', post-norm' * post}"
     sizes = {"T": T, "K": K, "post": post, "offset": offset, "slotted": slotted}
     CASES[f"{name}{', slots' * slotted}"] = add_steer_norm, sizes
