@@ -153,7 +153,7 @@ class Decoding:
 
     def steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         """Edits for the steps to come, a list a row: other tables' contents, no other graph."""
-        if not alike(edits, self.edits):
+        if self.edits is None or not alike(edits, self.edits):
             on_its_stream(Decoding._steer)(self, edits)
 
     def _steer(self, edits: Sequence[Sequence[Edit]]) -> None:

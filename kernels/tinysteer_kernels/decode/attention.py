@@ -160,13 +160,27 @@ def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **traits) -> Tensor:
     k, v (B, G, S, head_dim) are one layer's caches, which take the new positions in; traits are the
     fields of `Traits`. On a GPU decoding is one or two launches, fit for CUDA graphs.
     """
-    seen = view.cos, view.sin, view.query, view.start, view.reach, view.window
-    arguments = qkv, k, v, *seen, *Traits(**traits)
-    decoding = qkv.shape[1] == 1  # a prompt's formula is PyTorch's operations to anyone
-    return (attend_op if decoding and traced(qkv, k, v) else attend_run)(*arguments)
+    traits = Traits(**traits)
+    if qkv.shape[1] > 1 or not traced(qkv, k, v):  # a prompt's is PyTorch's operations to anyone
+        return attend_run(qkv, k, v, view, traits)
+    columns = view.cos, view.sin, view.query, view.start, view.reach, view.window
+    return attend_op(qkv, k, v, *columns, *traits)
 
 
-def attend_run(
+def attend_run(qkv: Tensor, k: Tensor, v: Tensor, view: View, traits: Traits) -> Tensor:
+    """By the kernels where they can run, else by the formula."""
+    if qkv.shape[1] > 1 or not serves(qkv):
+        return attend_reference(qkv, k, v, view, traits)
+    with as_is(qkv, launched=True):
+        return attend_launch(qkv, k, v, view, traits)
+
+
+def attend_fake(qkv, k, v, *_) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
+
+
+@op("attend", attend_fake, mutates=("k", "v"))
+def attend_op(
     qkv: Tensor,
     k: Tensor,
     v: Tensor,
@@ -183,20 +197,9 @@ def attend_run(
     eps: float,
     offset: float,
 ) -> Tensor:
-    """By the kernels where they can run, else by the formula."""
+    """A view and traits by their fields, which are all that an op may take."""
     view = View(cos, sin, query, start, reach, window)
-    traits = Traits(scale, cap, q_weight, k_weight, eps, offset)
-    if qkv.shape[1] > 1 or not serves(qkv):
-        return attend_reference(qkv, k, v, view, traits)
-    with as_is(qkv, launched=True):
-        return attend_launch(qkv, k, v, view, traits)
-
-
-def attend_fake(qkv, k, v, *_) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k.shape[1] * k.shape[3])
-
-
-attend_op = op("attend", attend_fake, mutates=("k", "v"))(attend_run)
+    return attend_run(qkv, k, v, view, Traits(scale, cap, q_weight, k_weight, eps, offset))
 
 
 def attend_launch(qkv: Tensor, k: Tensor, v: Tensor, view: View, traits: Traits) -> Tensor:
