@@ -88,7 +88,6 @@ CASES = {  # sizes and settings
         {"scale": 20.0},
     ),
     "no share of its own": ({"B": 1, "G": 1, "H": 2, "S": 1500, "now": 3, "D": 64}, {}),
-    "rows enough for one share": ({"B": 67, "S": 70, "now": 60}, {}),
 }
 
 

@@ -51,8 +51,7 @@ def serves(x: Tensor, *others) -> bool:
 
 
 def wants_gradient(*arguments) -> bool:
-    tensors = (t for t in arguments if isinstance(t, Tensor))
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments)
 
 
 @functools.cache

@@ -22,10 +22,7 @@ PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 @dataclass(frozen=True)
 class View:
-    """What new positions see of a cache whose rows are padded on the left.
-
-    The columns are tensors, so that a captured step follows them.
-    """
+    """What new positions see of a cache padded on the left: tensors, which a captured step follows."""
 
     cos: Tensor  # (B, 1, T, R), of the new positions
     sin: Tensor  # with the first half negated
