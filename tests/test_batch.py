@@ -7,7 +7,8 @@ import torch
 from oracle import greedy_ids, hooked, vector_for
 
 import tinysteer as ts
-from tinysteer.steering.batch import per_row
+from tinysteer.steering import batch
+from tinysteer.steering.batch import SteeringBuffers, per_row, signature
 from tinysteer.steering.edits import window
 
 T = 12
@@ -224,3 +225,24 @@ def test_an_edit_says_what_it_does(vector):
         "<Edit at layer 1: bias=3, slope=1, low=0, last=-1>"
     )
     assert repr(v.add(0)) == "<Edit at layer 1: nothing>"
+
+
+def test_buffers_that_were_broken_off_know_nothing(vector, monkeypatch):
+    v = vector
+    rows = [[v.at(1).add()]]
+    buffers = SteeringBuffers(torch.zeros(4, v.dim), v.n_layers, 1, 4, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "stacked", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            buffers.copy_(rows)
+    buffers.copy_(rows)
+    assert torch.equal(buffers.bank[0], v.directions[1])
+
+
+def test_a_direction_changed_in_place_is_another_edit(vector):
+    v = vector
+    rows = [[v.at(1).add(2.0)]] * 2
+    before = signature(rows)
+    assert signature([[v.at(1).add(2.0)]] * 2)[0] == before[0] == signature(rows)[0]
+    v.directions.neg_()
+    assert signature(rows) != before

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import tinysteer_kernels
 import torch
+import torch.nn.functional as F
 from device import DEVICE
 from dispatch import Calls
 from test_steering import case
 from tinysteer_kernels import Move, MoveTables, add_steer_norm, compile_moves, residual, steer
 from tinysteer_kernels import steering as steering_module
 from tinysteer_kernels.checks import check_residual, check_steering, check_stream
-from tinysteer_kernels.decode import gated
+from tinysteer_kernels.decode import View, attend, gated
 from tinysteer_kernels.devices import HAS_TRITON
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -169,7 +170,7 @@ def test_a_launch_reads_nothing_and_allocates_nothing_but_its_results(T, monkeyp
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda **arguments: None
+            return lambda *positional, **named: None
 
     monkeypatch.setattr(steering_module, "steer_kernel", Kernel())
     monkeypatch.setattr(residual, "add_steer_norm_kernel", Kernel())
@@ -250,3 +251,58 @@ def test_the_front_door_shows_steering_alone():
     modules = {path.stem for path in Path(tinysteer_kernels.__file__).parent.rglob("*.py")}
     functions = {n for n in names if callable(getattr(tinysteer_kernels, n))}
     assert not modules & (functions | {"attend", "gated", "rms_norm", "use_kernels"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_derivatives_are_the_backward_ones(dtype):
+    bank = F.normalize(torch.randn(2, 6), dim=-1)
+    tables = compile_moves(bank, [[Move(0, slope=1.0), Move(1, bias=2.0, slope=0.5)]])
+    weight = torch.randn(6)
+
+    def whole(x):
+        x = x.float()
+        h, y = add_steer_norm(x, 2 * x, weight, 1e-6, bank=bank, tables=tables)
+        return gated(torch.cat((steer(h.clone(), bank, tables), y), dim=-1), "silu").to(dtype)
+
+    x = torch.randn(1, 2, 6, dtype=dtype)
+    backward = torch.func.jacrev(whole)(x)
+    assert backward.abs().max() > 0.1
+    torch.testing.assert_close(torch.func.jacfwd(whole)(x), backward, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
+def test_autograd_is_told_of_what_a_launch_writes(monkeypatch):
+    monkeypatch.setattr(steering_module, "fits", lambda *_: True)
+    bank = F.normalize(torch.randn(1, 8), dim=-1)
+    x, w = torch.randn(1, 3, 8), torch.randn(8, requires_grad=True)
+    y = x * w
+    steer(x, bank, compile_moves(bank, [[Move(0, bias=3.0)]]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_no_directions_and_no_rows_move_nothing():
+    x, bank = torch.randn(2, 1, 8), torch.zeros(0, 8)
+    before = x.clone()
+    steer(x, bank, compile_moves(bank, [[], []], capacity=4))
+    bank, nobody = torch.eye(1, 8), torch.full((2,), -1, dtype=torch.int32)
+    steer(x, bank, compile_moves(bank, [], capacity=4), slot=nobody)
+    assert torch.equal(x, before)
+
+
+def test_norms_of_heads_can_be_trained_while_compiled():
+    qkv, caches = torch.randn(1, 1, 3 * 8), [torch.randn(1, 1, 4, 8) for _ in range(2)]
+    column = torch.zeros(1, dtype=torch.long)
+    view = View(torch.ones(1, 1, 1, 8), torch.zeros(1, 1, 1, 8), column, column, 4)
+    weight = torch.ones(8, requires_grad=True)
+
+    def attended(qkv):
+        k, v = (cache.clone() for cache in caches)
+        return attend(qkv, k, v, view, scale=1.0, q_weight=weight, k_weight=weight)
+
+    grads = []
+    for way in (attended, torch.compile(attended, backend="aot_eager")):
+        weight.grad = None
+        (way(qkv) ** 2).sum().backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads)

@@ -48,8 +48,8 @@ def put_executors(change=lambda ptx: ptx, **forced) -> list:
         def __getitem__(self, grid):
             record = super().__getitem__(grid)
 
-            def run(**arguments):
-                record(**arguments)
+            def run(*positional, **named):
+                record(*positional, **named)
                 kernel, memory, values = compile_as_launched(self, 90), Memory(), []
                 known = {name: forced[name] for name in forced if name in self.arguments}
                 handed = parameters(self) | known

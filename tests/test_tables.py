@@ -228,3 +228,9 @@ def test_limits_that_are_infinite_stay_so():
     tables = compile_moves(unit_rows(1, 8), [[Move(0), Move(0, low=0.0)]])
     assert tables.low.tolist() == [[-math.inf, 0.0]]
     assert tables.high.tolist() == [[math.inf, math.inf]]
+
+
+@pytest.mark.parametrize("field", [{"bias": 1e39}, {"slope": 1e39}, {"low": 1e39}, {"high": -1e39}])
+def test_numbers_beyond_32_bits_are_refused(field):
+    with pytest.raises(ValueError, match=r"not finite|infinite move"):
+        compile_moves(torch.eye(2), [[Move(0, **field)]])

@@ -51,7 +51,9 @@ def serves(x: Tensor, *others) -> bool:
 
 
 def wants_gradient(*arguments) -> bool:
-    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments)
+    """Backwards for one of the arguments, or forwards for any."""
+    wanted = torch.is_grad_enabled() and any(getattr(t, "requires_grad", 0) for t in arguments)
+    return wanted or torch.autograd.forward_ad._current_level >= 0
 
 
 @functools.cache
@@ -82,6 +84,7 @@ def traced(*arguments) -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or any(isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) for t in arguments)

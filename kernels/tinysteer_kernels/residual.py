@@ -21,7 +21,16 @@ from torch import Tensor
 
 from .checks import check_residual
 from .devices import as_is, op, tl, traced, triton
-from .steering import acting, fits, moved_by, place, prepared, stands, steer_reference, steer_tiling
+from .steering import (
+    acting,
+    fits,
+    moved_by,
+    positions_of,
+    prepared,
+    steer_reference,
+    steer_tiling,
+    tile_of,
+)
 from .tables import MoveTables
 
 
@@ -89,9 +98,9 @@ def add_steer_norm_kernel(
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     K = k_blocks * BLOCK_K
-    row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
+    row, t, column, inside = tile_of(T, D, BLOCK_T, BLOCK_D)
     if tables_ptr is not None:
-        at, entry = stands(position_ptr, slot_ptr, row, t, T)
+        at, entry = positions_of(position_ptr, slot_ptr, row, t, T)
         now = acting(tables_ptr, at, entry, 0, K, BLOCK_K)
     x_ptr += row * x_stride_b + t[:, None] * x_stride_t + column[None, :]
     delta_ptr += row * delta_stride_b + t[:, None] * delta_stride_t + column[None, :]
@@ -172,23 +181,8 @@ def add_steer_norm_launch(
     tile, n_warps = steer_tiling(T, D, K, max(x.itemsize, widest))
     x_out, y_out = x.new_empty(x.shape), x.new_empty(x.shape)
     add_steer_norm_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
-        x_ptr=x,
-        delta_ptr=delta,
-        weight_ptr=weight,
-        post_weight_ptr=post_weight,
-        bank_ptr=bank,
-        tables_ptr=packed,
-        position_ptr=position,
-        slot_ptr=slot,
-        x_out_ptr=x_out,
-        y_out_ptr=y_out,
-        x_stride_b=x.stride(0),
-        x_stride_t=x.stride(1),
-        delta_stride_b=delta.stride(0),
-        delta_stride_t=delta.stride(1),
-        T=T,
-        k_blocks=K // tile["BLOCK_K"],
-        eps=eps,
+        *(x, delta, weight, post_weight, bank, packed, position, slot, x_out, y_out),
+        *(*x.stride()[:2], *delta.stride()[:2], T, K // tile["BLOCK_K"], eps),
         D=D,
         OFFSET=offset,
         **tile,

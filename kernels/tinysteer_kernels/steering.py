@@ -60,7 +60,7 @@ def moves_of(h: Tensor, u: Tensor, tables: MoveTables, position: Tensor | None) 
 
 
 @triton.jit
-def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def tile_of(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """This program's row, positions t (BLOCK_T,), columns (BLOCK_D,), and which of those exist."""
     t_blocks = tl.cdiv(T, BLOCK_T)
     row = (tl.program_id(0) // t_blocks).to(tl.int64)
@@ -70,7 +70,7 @@ def place(T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def stands(position_ptr, slot_ptr, row, t, T):
+def positions_of(position_ptr, slot_ptr, row, t, T):
     """Where the program's tokens stand, (BLOCK_T,) int32, and which row of the tables is theirs."""
     entry = row
     if slot_ptr is not None:
@@ -116,12 +116,12 @@ def moved_by(h, at, now, entry, column, bank_ptr, tables_ptr, K, D: tl.constexpr
     BLOCK_T: tl.constexpr = h.shape[0]
     BLOCK_K: tl.constexpr = index.shape[0]
     tl.static_assert(BLOCK_T == 1 or BLOCK_K == 1)
-    slot = tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_K)
     moved = tl.full((BLOCK_T,), False, tl.int1)
     for k0 in range(0, K, BLOCK_K):
         ahead = acting(tables_ptr, at, entry, k0 + BLOCK_K, K, BLOCK_K)
         if tl.max(acts.to(tl.int32), axis=0) > 0:
-            k = k0 + slot
+            k = k0 + lane
             wanted = (acts if BLOCK_T == 1 else index >= 0)[:, None] & (column < D)[None, :]
             u_ptr = bank_ptr + index.to(tl.int64)[:, None] * D + column[None, :]
             bias = tl.load(line(tables_ptr, entry, 1, K) + k).to(tl.float32, bitcast=True)
@@ -143,7 +143,7 @@ def moved_by(h, at, now, entry, column, bank_ptr, tables_ptr, K, D: tl.constexpr
                 move = bias - tl.where(slope != 0, slope * p, 0.0)  # an add keeps clear of inf
                 move = tl.maximum(move, low, tl.PropagateNan.ALL)
                 move = tl.minimum(move, high, tl.PropagateNan.ALL)
-                move = tl.where(acts & (slot == j), move, 0.0)
+                move = tl.where(acts & (lane == j), move, 0.0)
                 d += move
                 if j + 1 < BLOCK_K:
                     p += gram[j] * tl.sum(move, axis=0)
@@ -175,8 +175,8 @@ def steer_kernel(
     BLOCK_K: tl.constexpr,
 ):
     K = k_blocks * BLOCK_K  # visibly a multiple: a block of a table is one aligned load
-    row, t, column, inside = place(T, D, BLOCK_T, BLOCK_D)
-    at, entry = stands(position_ptr, slot_ptr, row, t, T)
+    row, t, column, inside = tile_of(T, D, BLOCK_T, BLOCK_D)
+    at, entry = positions_of(position_ptr, slot_ptr, row, t, T)
     now = acting(tables_ptr, at, entry, 0, K, BLOCK_K)
     x_ptr += row * stride_b + t[:, None] * stride_t + column[None, :]
     h = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
@@ -217,7 +217,7 @@ def steer(
 def prepared(x: Tensor, bank: Tensor, tables: MoveTables, position, slot) -> tuple:
     """bank, tables, position, slot: checked, and as an op takes them; without moves all None."""
     check_steering(x, bank, tables, position, slot)
-    if not tables.packed.shape[2]:
+    if not tables.packed.numel() or not bank.shape[0]:
         return None, None, None, None
     position = None if position is None else position.contiguous()
     return bank.detach() if bank.requires_grad else bank, tables.packed, position, slot
@@ -230,6 +230,8 @@ def steer_run(
     launched = fits(x)
     with as_is(x, launched):
         (steer_launch if launched else steer_reference)(x, bank, MoveTables(packed), position, slot)
+    if launched:  # which autograd does not see
+        torch.autograd.graph.increment_version(x)
 
 
 steer_op = op("steer", lambda *_: None, mutates=("x",))(steer_run)
@@ -240,15 +242,7 @@ def steer_launch(x, bank, tables: MoveTables, position, slot) -> None:
     (B, T, D), K = x.shape, tables.packed.shape[2]
     tile, n_warps = steer_tiling(T, D, K, max(x.itemsize, bank.itemsize))
     steer_kernel[(B * triton.cdiv(T, tile["BLOCK_T"]),)](
-        x_ptr=x,
-        bank_ptr=bank,
-        tables_ptr=tables.packed,
-        position_ptr=position,
-        slot_ptr=slot,
-        stride_b=x.stride(0),
-        stride_t=x.stride(1),
-        T=T,
-        k_blocks=K // tile["BLOCK_K"],
+        *(x, bank, tables.packed, position, slot, *x.stride()[:2], T, K // tile["BLOCK_K"]),
         D=D,
         **tile,
         num_warps=n_warps,

@@ -51,7 +51,7 @@ FIELDS = len(Move._fields)
 WHOLE = [i for i, kind in enumerate(Move.__annotations__.values()) if kind is int]
 
 
-def line(field: str) -> property:
+def field_view(field: str) -> property:
     """A view of one field of all moves."""
     i = Move._fields.index(field)
     dtype = torch.int32 if i in WHOLE else torch.float32
@@ -68,7 +68,7 @@ class MoveTables:
 
     packed: Tensor  # (..., R, 7 + K, K) int32, which holds the bits of float32 too
 
-    index, bias, slope, low, high, first, last = map(line, Move._fields)
+    index, bias, slope, low, high, first, last = map(field_view, Move._fields)
     gram = property(lambda tables: tables.packed.view(torch.float32)[..., FIELDS:, :])
 
     def __getitem__(self, layer: int) -> "MoveTables":
@@ -122,7 +122,7 @@ def compile_moves(
     if any(isinstance(row, Move) or not isinstance(row, Sequence) for row in distinct.values()):
         raise ValueError("rows is a list of lists: for each row of x its moves, in order")
     R, L = len(distinct), 1 if n_layers is None else n_layers
-    moves, lines, slots, K = [], [], [], capacity  # a move, its row's table, its column there
+    moves, lines, columns, K = [], [], [], capacity  # a move, its row's table, its place there
     for r, row in enumerate(distinct.values()):
         count = [0] * L
         for layer, move in row if n_layers is not None else ((0, move) for move in row):
@@ -130,12 +130,12 @@ def compile_moves(
                 raise ValueError(f"a move at layer {layer}: there are layers 0 to {L - 1}")
             moves.append(move)
             lines.append(layer * R + r)
-            slots.append(count[layer])
+            columns.append(count[layer])
             count[layer] += 1
         K = max(K, *count, 0)
     K += -K % 4 if K > 2 else 0
     table = checked(moves, len(bank))  # (n, 7) float64
-    row, k = torch.tensor([lines, slots], dtype=torch.long, device="cpu")
+    row, k = torch.tensor([lines, columns], dtype=torch.long, device="cpu")
     packed = bits(checked([Move()], 0)).view(FIELDS, 1).expand(FIELDS, K)
     packed = torch.cat((packed, packed.new_zeros(K, K))).repeat(L * R, 1, 1)
     packed[row, :FIELDS, k] = bits(table)
@@ -144,8 +144,7 @@ def compile_moves(
     packed = packed.view(L, R, FIELDS + K, K)
     if len(rows) > R:
         order = {key: r for r, key in enumerate(distinct)}
-        same = [order[id(row)] for row in rows]
-        packed = packed[:, torch.tensor(same, dtype=torch.long, device="cpu")]
+        packed = packed[:, [order[id(row)] for row in rows]]
     return MoveTables((packed[0] if n_layers is None else packed).to(bank.device))
 
 
@@ -197,8 +196,9 @@ def checked(moves: Sequence[Move], n_directions: int) -> Tensor:
     for fine, what in (
         (named, f"names no direction of a bank of {n_directions}"),
         ((first > PADDING) & (first <= last) & (last <= ALWAYS[1]), "acts at no int32 positions"),
-        ((bias.abs() < inf) & (slope.abs() < inf), "has a bias or slope that is not finite"),
+        (bias.float().abs() + slope.float().abs() < inf, "has a bias or slope that is not finite"),
         (low <= high, "has low above high"),
+        ((low.float() < inf) & (high.float() > -inf), "has an infinite move at a bound"),
     ):
         for n in fine.logical_not().nonzero()[:1, 0].tolist():
             raise ValueError(f"{moves[n]} {what}")

@@ -93,7 +93,8 @@ class Recorder:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        def launch(*, num_warps, **arguments):
+        def launch(*positional, num_warps, **named):
+            arguments = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
             (self.grid,) = grid
             self.arguments = {name: arguments[name] for name in self.kernel.arg_names}
             self.n_warps = num_warps

@@ -20,7 +20,14 @@ from tinysteer.decoding.sampling import Sampler
 from tinysteer.model.cache import Cache
 from tinysteer.model.decoder import Decoder
 from tinysteer.model.stream import Seam, unsteered
-from tinysteer.steering.batch import SteeringBuffers, alike, depth, direction_key, distinct, seam
+from tinysteer.steering.batch import (
+    SteeringBuffers,
+    depth,
+    direction_key,
+    distinct,
+    seam,
+    signature,
+)
 from tinysteer.steering.edits import Edit
 
 NOTHING, BROKEN = -1, -2  # in a token's place: its row is done; its logits are not finite
@@ -153,12 +160,12 @@ class Decoding:
 
     def steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         """Edits for the steps to come, a list a row: other tables' contents, no other graph."""
-        if self.edits is None or not alike(edits, self.edits):
+        if self.edits is None or signature(edits) != self.signature:
             on_its_stream(Decoding._steer)(self, edits)
 
     def _steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         self.seam, self.size = self._steering(edits)
-        self.edits = edits
+        self.edits, self.signature = edits, signature(edits)
 
     def _steering(self, edits: Sequence[Sequence[Edit]]) -> tuple[Seam, tuple[int, int]]:
         if not any(edits):

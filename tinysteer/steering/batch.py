@@ -55,10 +55,12 @@ def distinct(rows: Sequence) -> list:
     return list({id(row): row for row in rows}.values())
 
 
-def alike(a: Sequence[Sequence[Edit]], b: Sequence[Sequence[Edit]]) -> bool:
-    """Whether rows have equal edits, each pair of lists compared once."""
-    pairs = {(id(x), id(y)): (x, y) for x, y in zip(a, b, strict=True)}
-    return all(x == y for x, y in pairs.values())
+def signature(rows: Sequence[Sequence[Edit]]) -> tuple[list, list[int]]:
+    """What says, while the rows are kept, whether others are the same: equal if they are."""
+    lists = {id(row): row for row in rows}
+    order = {key: i for i, key in enumerate(lists)}
+    edits = [[(e.layer, e.move, *unmistakable(e.direction)) for e in row] for row in lists.values()]
+    return edits, [order[id(row)] for row in rows]
 
 
 def check_fit(
@@ -149,16 +151,20 @@ class SteeringBuffers(Steering):
 
     def copy_(self, rows: Sequence[Sequence[Edit]]) -> "SteeringBuffers":
         """Take other edits, as many rows. Directions that are in the bank are not sent again."""
-        named, new = with_names(rows, self.index)
-        if len(self.index) > len(self.bank):
-            self._forget()
+        try:
             named, new = with_names(rows, self.index)
-        if new:
-            part = slice(len(self.kept), len(self.index))
-            self.kept += new
-            self.mirror[part] = stacked(new, self.mirror.dtype)
-            send(self.mirror[part], self.bank[part])
-        send(self._compiled(named).packed, self.stack.packed)
+            if len(self.index) > len(self.bank):
+                self._forget()
+                named, new = with_names(rows, self.index)
+            if new:
+                part = slice(len(self.kept), len(self.index))
+                self.kept += new
+                self.mirror[part] = stacked(new, self.mirror.dtype)
+                send(self.mirror[part], self.bank[part])
+            send(self._compiled(named).packed, self.stack.packed)
+        except BaseException:  # some may not have arrived, even where the user broke it off
+            self._forget()
+            raise
         if any(direction.is_inference() for direction in self.kept):
             self._forget()  # nothing tells when one of those is changed in place
         return self
@@ -180,11 +186,17 @@ class SteeringBuffers(Steering):
 
 
 def direction_key(direction: Tensor) -> tuple:
-    """Where it lies in memory, and since which change: `at` makes another view of it each time."""
-    try:
-        return direction.data_ptr(), direction.stride(), direction._version
-    except RuntimeError:  # nothing counts the changes of a tensor made in inference_mode
-        return direction.data_ptr(), direction.stride(), None
+    """Where it lies in memory, and since which change: `at` makes another view of it each time.
+
+    Nothing counts the changes of a tensor made in inference_mode.
+    """
+    version = None if direction.is_inference() else direction._version
+    return direction.data_ptr(), direction.stride(), version
+
+
+def unmistakable(direction: Tensor) -> tuple:
+    """Its key, which equals no other's, itself included, where nothing counts its changes."""
+    return direction_key(direction), direction.is_inference() and object()
 
 
 def with_names(
@@ -205,11 +217,14 @@ def with_names(
 
 def stacked(directions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(N, D) on the host."""
-    return torch.stack([u.cpu() for u in directions] or [torch.zeros(0, device="cpu")]).to(dtype)
+    return torch.stack([u.detach().cpu() for u in directions] or [torch.zeros(0, device="cpu")]).to(
+        dtype
+    )
 
 
 def send(source: Tensor, target: Tensor) -> None:
     """Copy from the host, without waiting for what the device has still to do."""
+    assert source.shape == target.shape, (source.shape, target.shape)
     if target.is_cuda:
         source = source.pin_memory()  # which PyTorch keeps until the copy is done
     target.copy_(source, non_blocking=True)

@@ -161,7 +161,8 @@ def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **traits) -> Tensor:
     fields of `Traits`. On a GPU decoding is one or two launches, fit for CUDA graphs.
     """
     traits = Traits(**traits)
-    if qkv.shape[1] > 1 or not traced(qkv, k, v):  # a prompt's is PyTorch's operations to anyone
+    decoding = qkv.shape[1] == 1  # a prompt's formula is PyTorch's operations to anyone
+    if not (decoding and traced(qkv, k, v, traits.q_weight, traits.k_weight)):
         return attend_run(qkv, k, v, view, traits)
     columns = view.cos, view.sin, view.query, view.start, view.reach, view.window
     return attend_op(qkv, k, v, *columns, *traits)
@@ -169,10 +170,9 @@ def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **traits) -> Tensor:
 
 def attend_run(qkv: Tensor, k: Tensor, v: Tensor, view: View, traits: Traits) -> Tensor:
     """By the kernels where they can run, else by the formula."""
-    if qkv.shape[1] > 1 or not serves(qkv):
-        return attend_reference(qkv, k, v, view, traits)
-    with as_is(qkv, launched=True):
-        return attend_launch(qkv, k, v, view, traits)
+    launched = qkv.shape[1] == 1 and serves(qkv, k, v, traits.q_weight, traits.k_weight)
+    with as_is(qkv, launched):
+        return (attend_launch if launched else attend_reference)(qkv, k, v, view, traits)
 
 
 def attend_fake(qkv, k, v, *_) -> Tensor:

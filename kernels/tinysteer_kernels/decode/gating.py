@@ -62,6 +62,7 @@ gated_op = op("gated", lambda x, _: x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 def gated_launch(gate_up: Tensor, activation: str) -> Tensor:
     """Run the kernel: one program for BLOCK dimensions of a position."""
+    assert activation in ACTIVATIONS, activation
     N = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], N)
     grid = (y.numel() // N * triton.cdiv(N, BLOCK),)

@@ -22,7 +22,7 @@ PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 @dataclass(frozen=True)
 class View:
-    """What new positions see of a cache padded on the left: tensors, which a captured step follows."""
+    """What new positions see of a cache padded on the left, in tensors for a captured step."""
 
     cos: Tensor  # (B, 1, T, R), of the new positions
     sin: Tensor  # with the first half negated
