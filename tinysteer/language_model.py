@@ -159,8 +159,7 @@ class LanguageModel:
 
             how = {"graph": options.graph, "kernels": options.kernels}
             own = [ids[i] for i in batch]
-            pieces = generation.decode(self.pool, own, streams, of_batch, sampler, **how)
-            for row, piece in pieces:
+            for row, piece in generation.decode(self.pool, own, streams, of_batch, sampler, **how):
                 yield batch[row], piece
 
     def explain(

@@ -39,13 +39,12 @@ class Options:
     kernels: bool = True  # on a GPU, use the kernels; False: PyTorch's operations
 
     def __post_init__(self):
-        number, whole = numbers.Real, numbers.Integral
         ranges = {  # what it must be, its type, whether it is in range
-            "temperature": ("0 (greedy) or more", number, lambda t: t >= 0),
-            "top_k": ("1 or more", whole, lambda k: k >= 1),
-            "top_p": ("above 0 and at most 1", number, lambda p: 0 < p <= 1),
-            "min_p": ("from 0 to 1", number, lambda p: 0 <= p <= 1),
-            "batch_size": ("1 or more", whole, lambda n: n >= 1),
+            "temperature": ("0 (greedy) or more", numbers.Real, lambda t: t >= 0),
+            "top_k": ("1 or more", numbers.Integral, lambda k: k >= 1),
+            "top_p": ("above 0 and at most 1", numbers.Real, lambda p: 0 < p <= 1),
+            "min_p": ("from 0 to 1", numbers.Real, lambda p: 0 <= p <= 1),
+            "batch_size": ("1 or more", numbers.Integral, lambda n: n >= 1),
         }
         cuts = ("top_k", "top_p", "min_p")
         for name, (words, kind, fits) in ranges.items():

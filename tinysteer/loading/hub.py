@@ -158,10 +158,10 @@ def pull(repo: str, file: str, revision: str | None = None) -> Path:
 def check_id(repo: str) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    wrong = ValueError(f"{repo!r} is no Hugging Face Hub id (owner/name)")
     try:
         validate_repo_id(repo)
+        whole = repo.count("/") == 1
     except HFValidationError:
-        raise wrong from None
-    if repo.count("/") != 1:
-        raise wrong
+        whole = False
+    if not whole:
+        raise ValueError(f"{repo!r} is no Hugging Face Hub id (owner/name)")

@@ -106,12 +106,11 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        V, D = config.vocab_size, config.dim
+        self.embed = nn.Embedding(V, D)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config)
-        self.head = (
-            nn.Identity() if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
-        )
+        self.norm = RMSNorm(D, config)
+        self.head = nn.Identity() if config.tied else nn.Linear(D, V, bias=False)
 
     @as_loaded
     def forward(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:

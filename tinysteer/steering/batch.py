@@ -55,12 +55,13 @@ def distinct(rows: Sequence) -> list:
     return list({id(row): row for row in rows}.values())
 
 
-def signature(rows: Sequence[Sequence[Edit]]) -> tuple[list, list[int]]:
+def signature(rows: Sequence[Sequence[Edit]]) -> tuple:
     """What says, while the rows are kept, whether others are the same: equal if they are."""
     lists = {id(row): row for row in rows}
     order = {key: i for i, key in enumerate(lists)}
-    edits = [[(e.layer, e.move, *unmistakable(e.direction)) for e in row] for row in lists.values()]
-    return edits, [order[id(row)] for row in rows]
+    edits = [[(e.layer, e.move, direction_key(e.direction)) for e in row] for row in lists.values()]
+    unsure = any(key[2] is None for row in edits for _, _, key in row)  # whether one has changed
+    return edits, [order[id(row)] for row in rows], unsure and object()
 
 
 def check_fit(
@@ -77,17 +78,15 @@ def check_fit(
         origin = edit.origin or here
         maker = f"it was made for {origin.model or 'another model'}"
         if edit.direction.shape != (dim,):
-            width = f"{edit.direction.shape[-1]} wide"
-            raise ValueError(f"the vector is {width}, this model {dim}: {maker}")
+            raise ValueError(f"the vector is {len(edit.direction)} wide, this model {dim}: {maker}")
         if not 0 <= edit.layer < n_layers:
             raise ValueError(f"layer {edit.layer}: this model has layers 0 to {n_layers - 1}")
         if origin.n_layers != n_layers:
             raise ValueError(
                 f"the vector has {origin.n_layers} layers, this model {n_layers}: {maker}"
             )
-    origins = {edit.origin for edit in edits} - {None}
-    others = {o.made_for for o in origins if differ(o, here)}
-    for other in sorted(others):
+    others = {edit.origin for edit in edits} - {None}
+    for other in sorted({o.made_for for o in others if differ(o, here)}):
         warnings.warn(
             f"steering {here.made_for} with vectors made for {other}: their layers and targets may "
             "not carry over",
@@ -112,10 +111,10 @@ def levels_up() -> int:
 
 
 class Steering:
-    """The edits of a batch, ready to be a decoder's seam: tables of the layers that have any."""
+    """The edits of a batch, ready to be a decoder's seam.
 
-    bank: Tensor  # (N, D) in the model's type, the directions that the tables name
-    tables: dict[int, kernels.MoveTables]
+    bank (N, D), in the model's type: the directions that `tables` name, of each layer that has any.
+    """
 
     def __init__(self, rows: Sequence[Sequence[Edit]], like: Tensor):
         """One list of edits a row. like: has the type and the device that the bank will have."""
@@ -186,17 +185,9 @@ class SteeringBuffers(Steering):
 
 
 def direction_key(direction: Tensor) -> tuple:
-    """Where it lies in memory, and since which change: `at` makes another view of it each time.
-
-    Nothing counts the changes of a tensor made in inference_mode.
-    """
-    version = None if direction.is_inference() else direction._version
+    """Where it lies in memory, and since which change: `at` makes another view of it each time."""
+    version = None if direction.is_inference() else direction._version  # those count no changes
     return direction.data_ptr(), direction.stride(), version
-
-
-def unmistakable(direction: Tensor) -> tuple:
-    """Its key, which equals no other's, itself included, where nothing counts its changes."""
-    return direction_key(direction), direction.is_inference() and object()
 
 
 def with_names(

@@ -199,7 +199,9 @@ class SteeringVector:
         if not (folder := Path(path).absolute().parent).is_dir():
             raise FileNotFoundError(f"there is no folder {folder} to save into")
         about = {**self.metadata, "format": FORMAT, "layers": CONVENTION}
-        header = {"__metadata__": {key: readable(str(text)) for key, text in about.items()}}
+        # As UTF-8 can hold them: names of files may have other bytes in them.
+        about = {key: str(text).encode(errors="replace").decode() for key, text in about.items()}
+        header = {"__metadata__": about}
         data = b""
         for name in TENSORS:
             values = getattr(self, name).flatten().tolist()
@@ -245,10 +247,7 @@ class SteeringVector:
 
     @classmethod
     def from_hub(cls, repo: str, *, revision: str | None = None) -> "SteeringVector":
-        """Load what `push_to_hub` published.
-
-        FileNotFoundError, PermissionError, ConnectionError.
-        """
+        """What `push_to_hub` published. FileNotFoundError, PermissionError, ConnectionError."""
         return cls.load(pull(repo, HUB_FILE, revision))
 
 
@@ -256,11 +255,6 @@ def unit(directions: Tensor) -> Tensor:
     """(n_layers, D) -> the same at length 1; rows of zeros stay."""
     norms = directions.norm(dim=-1, keepdim=True)
     return torch.where(norms > 0, directions / norms, 0.0)
-
-
-def readable(text: str) -> str:
-    """Text that UTF-8 can hold: names of files may have other bytes in them."""
-    return text.encode(errors="replace").decode()
 
 
 def term(vector: SteeringVector) -> str:

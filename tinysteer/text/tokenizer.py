@@ -52,8 +52,8 @@ class Tokenizer:
             ) from None
         vocabulary.no_padding()
         vocabulary.no_truncation()
-        about = read_json(folder / "special_tokens_map.json")
-        about |= read_json(folder / "tokenizer_config.json")
+        files = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
+        about = read_json(files[0]) | read_json(files[1])
         special = {  # "bos_token", not "add_bos_token": its text, or a description that holds it
             key: value["content"] if isinstance(value, dict) else value
             for key, value in about.items()

@@ -1,6 +1,6 @@
 """How well a tiny model answers and follows, on all 75 held-out topics.
 
-    python bench/tiny/quality.py [MODEL]     (default: the embedded tiny-instruct)
+    python bench/training/quality.py [MODEL]     (default: the embedded tiny-instruct)
 
 True: the share of sentences that the corpus' grammar has about the very topic, so that they are
 fluent and right. Followed: the share of answers that do what was asked, each of 75 questions in one

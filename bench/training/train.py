@@ -1,6 +1,6 @@
 """Train tiny-base and tiny-instruct from nothing and write them where the package keeps them.
 
-    python bench/tiny/train.py [--work DIR] [--out DIR]
+    python bench/training/train.py [--work DIR] [--out DIR]
 
 A Llama of 1.3 million parameters learns to answer (tiny-base), then goes on to follow
 instructions (tiny-instruct). Takes about 20 minutes on 2 CPU cores; uses a GPU where there is one.
