@@ -24,7 +24,7 @@ PROMPTS = [
     "Give me a recipe for pancakes.",
     "How does a bicycle stay upright?",
 ]
-N_TOKENS = 40
+N_TOKENS = 32
 SUFFIX = " Be extremely concise."
 
 
@@ -121,7 +121,7 @@ def test_steered_texts_are_those_of_hooks_on_transformers(real_pair, singles):
         [middle.add(), middle.to_target(0.5), late.add(-1.0)],
         [],
     ]
-    prompts, n_tokens = PROMPTS[1:5], 32
+    prompts, n_tokens = PROMPTS[1:5], 24
     steered = answers(ours, prompts, rows, n_tokens)
     taped = answers(ours, prompts, rows, 16, DecodingPool(ours.decoder, capture=Tape))
     assert taped == [answer[:16] for answer in steered]
