@@ -498,3 +498,20 @@ def test_formulas_can_be_asked_for(monkeypatch):
     with use_kernels(False):
         assert not devices.serves(on_a_gpu)
     assert devices.serves(on_a_gpu)
+
+
+def test_a_vector_changed_in_place_acts_from_the_next_step_on(taped):
+    v, *_ = vectors(taped)
+    options = {"max_new_tokens": 8, "chat": False}
+
+    def turned(n):
+        if n == 3:
+            v.directions.neg_()
+        return [v.at(1).add(30.0)]
+
+    by_number = taped.complete(
+        "some words", lambda n: [v.at(1).add(30.0 if n < 3 else -30.0)], **options
+    )
+    assert taped.complete("some words", turned, **options) == by_number
+    v.directions.neg_()
+    assert taped.complete("some words", [v.at(1).add(30.0)], **options) != by_number
