@@ -96,8 +96,6 @@ def real_pair(request):
 
 def pytest_collection_finish(session):
     """Modules that have processes of their own at work start them now, beside all other tests."""
-    from tinysteer_kernels.devices import HAS_TRITON
-
     if HAS_TRITON and not session.config.option.collectonly:
         for module in {item.module for item in session.items}:
             getattr(module, "started", lambda: None)()

@@ -98,7 +98,7 @@ def op(name: str, fake: Callable, mutates: Sequence[str] = ()) -> Callable[[Call
     """
 
     def refuse(*_):
-        raise NotImplementedError(
+        raise RuntimeError(
             f"{name} has no rule for vmap: its first dimension is a batch already, so fold yours "
             "into it (x.flatten(0, 1), and a `slot` of the tables for each row)"
         )

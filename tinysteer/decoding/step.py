@@ -146,7 +146,7 @@ class Decoding:
             self.sampler = self._sampler(sampler)
             if self.sampler:
                 self.sampler.step.zero_()  # a first attempt may have drawn
-            self._steer(edits)
+            self._steer(edits, signature(edits))
             with use_kernels(kernels):
                 part, steer = self.cache.part(n), self.seam
                 steer = steer.part(n) if isinstance(steer, SteeringBuffers) else steer
@@ -160,12 +160,13 @@ class Decoding:
 
     def steer(self, edits: Sequence[Sequence[Edit]]) -> None:
         """Edits for the steps to come, a list a row: other tables' contents, no other graph."""
-        if self.edits is None or signature(edits) != self.signature:
-            on_its_stream(Decoding._steer)(self, edits)
+        new = signature(edits)
+        if self.edits is None or new != self.signature:
+            on_its_stream(Decoding._steer)(self, edits, new)
 
-    def _steer(self, edits: Sequence[Sequence[Edit]]) -> None:
+    def _steer(self, edits: Sequence[Sequence[Edit]], new: tuple) -> None:
         self.seam, self.size = self._steering(edits)
-        self.edits, self.signature = edits, signature(edits)
+        self.edits, self.signature = edits, new  # which speaks of memory that the edits keep
 
     def _steering(self, edits: Sequence[Sequence[Edit]]) -> tuple[Seam, tuple[int, int]]:
         if not any(edits):
