@@ -40,7 +40,7 @@ from tinysteer.decoding.step import Capture
 from tinysteer.loading.families import FAMILIES
 from tinysteer.model.cache import Cache
 from tinysteer.model.decoder import Decoder
-from tinysteer.model.stream import Seam, unsteered
+from tinysteer.model.decoder import Seam, unsteered
 
 PROMPT, N_TOKENS, ROUNDS, K = 32, 64, 3, 4
 THEIRS = f"transformers {transformers.__version__}"

@@ -10,7 +10,7 @@ import tinysteer as ts
 from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
 from tinysteer.model.decoder import CHUNK, Decoder
-from tinysteer.model.stream import unsteered
+from tinysteer.model.decoder import unsteered
 from tinysteer.text.tokenizer import pad
 
 T = 24

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tinysteer.decoding.generation import check_lengths
 from tinysteer.language_model import LanguageModel
 from tinysteer.model.cache import Cache
-from tinysteer.model.stream import Recorder
+from tinysteer.model.recorder import Recorder
 from tinysteer.steering.vectors import SteeringVector
 from tinysteer.text.tokenizer import Prompt, pad
 from tinysteer.version import VERSION

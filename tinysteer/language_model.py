@@ -18,7 +18,7 @@ from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
 from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
 from tinysteer.model.decoder import CHUNK, Decoder
-from tinysteer.model.stream import Recorder
+from tinysteer.model.recorder import Recorder
 from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
 from tinysteer.steering.edits import Edit
 from tinysteer.text.streaming import TextStream

@@ -19,7 +19,7 @@ from torch import Tensor
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.model.cache import Cache
 from tinysteer.model.decoder import Decoder
-from tinysteer.model.stream import Seam, unsteered
+from tinysteer.model.decoder import Seam, unsteered
 from tinysteer.steering.batch import (
     SteeringBuffers,
     depth,

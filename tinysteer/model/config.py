@@ -3,7 +3,10 @@
 A field's default means "absent": the graph of Llama 2 is the one with every default.
 """
 
+import functools
 from dataclasses import dataclass
+
+import torch
 
 from tinysteer.model.rope import Rope
 
@@ -45,3 +48,9 @@ class Config:
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+
+@functools.cache
+def nearest(number: float, dtype: torch.dtype) -> float:
+    """The nearest number of that type. No tensor: a captured step copies none from the host."""
+    return torch.tensor(number, dtype=dtype, device="cpu").item()

@@ -3,24 +3,70 @@
 B  batch          T  new positions
 D  model width    H  query heads       G  key/value heads
 
-Layer L is the residual stream after block L, counted from 0.
+x (B, T, D) is the residual stream and h its norm, which products read. A block adds to x twice;
+`add` does such a sum and the norm behind it, in one kernel. The sum at a block's end is `steer`'s,
+which may move x before it is normed. Layer L is the stream after block L, counted from 0.
 """
 
-import functools
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tinysteer_kernels.decode import View, attend, gated
+from tinysteer_kernels import add_steer_norm
+from tinysteer_kernels.decode import View, attend, gated, rms_norm
 from tinysteer_kernels.devices import as_is
 from torch import Tensor, nn
 
 from tinysteer.model.cache import Cache
-from tinysteer.model.config import Config
-from tinysteer.model.stream import Norms, RMSNorm, Seam, add, unsteered, weight_of
+from tinysteer.model.config import Config, nearest
 
 CHUNK = 512  # positions run at once: bounds the mask and the scores of a long prompt
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class Norms(NamedTuple):
+    """What surrounds a sum of the residual stream."""
+
+    post: nn.Module  # of what is added to it: an RMSNorm, or an identity
+    next: RMSNorm  # of the sum, for what reads it
+
+
+def weight_of(norm: nn.Module) -> Tensor | None:
+    """A norm's weight; an identity has none."""
+    return getattr(norm, "weight", None)
+
+
+def add(x: Tensor, delta: Tensor, norms: Norms, **steering) -> tuple[Tensor, Tensor]:
+    """x + norms.post(delta), edited if `steering` says so, and norms.next of it."""
+    norm, post = norms.next, weight_of(norms.post)
+    return add_steer_norm(
+        x, delta, norm.weight, norm.eps, offset=norm.offset, post_weight=post, **steering
+    )
+
+
+Seam = Callable[[Tensor, Tensor, Norms, int, Tensor], tuple[Tensor, Tensor]]
+
+
+def unsteered(
+    x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The seam without edits. Any function of this signature may stand in its place.
+
+    Block `layer` ends by adding delta to x, both (B, T, D). position (B, T) counts from the last
+    prompt token (0), and is PADDING where a row has no token. -> the sum, and its norm.
+    """
+    return add(x, delta, norms)
 
 
 class Stacked(nn.Linear):
@@ -48,11 +94,11 @@ class Attention(nn.Module):
             offset=config.norm_offset,
         )
 
-    def forward(self, x: Tensor, view: View, cache: Cache) -> Tensor:
-        """x (B, T, D) -> (B, T, D); the cache takes in its keys and values."""
+    def forward(self, h: Tensor, view: View, cache: Cache) -> Tensor:
+        """(B, T, D) -> (B, T, D); the cache takes in its keys and values."""
         k, v = cache.layer(self.layer)
         norms = {"q_weight": weight_of(self.q_norm), "k_weight": weight_of(self.k_norm)}
-        return self.out(self.attend(self.qkv(x), k, v, view, **norms))
+        return self.out(self.attend(self.qkv(h), k, v, view, **norms))
 
 
 class MLP(nn.Module):
@@ -62,8 +108,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.hidden_dim, config.dim, bias=config.mlp_bias)
         self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(gated(self.gate_up(x), self.activation))
+    def forward(self, h: Tensor) -> Tensor:
+        return self.down(gated(self.gate_up(h), self.activation))
 
 
 class Block(nn.Module):
@@ -76,28 +122,10 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp_post_norm = norm(), post_norm()
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, y: Tensor, view: View, cache: Cache) -> tuple[Tensor, Tensor]:
-        """The stream and its norm, (B, T, D) -> the stream after attention, what is added next."""
-        norms = Norms(self.attn_post_norm, self.mlp_norm)
-        x, y = add(x, self.attn(y, view, cache), norms)
-        return x, self.mlp(y)
-
-
-@functools.cache
-def nearest(number: float, dtype: torch.dtype) -> float:
-    """The nearest number of that type. No tensor: a captured step copies none from the host."""
-    return torch.tensor(number, dtype=dtype, device="cpu").item()
-
-
-def as_loaded(method: Callable) -> Callable:
-    """Without torch.autocast: a decoder rounds as the reference does, in its weights' type."""
-
-    @functools.wraps(method)
-    def inside(self, *arguments):
-        with as_is(self.embed.weight, launched=False):
-            return method(self, *arguments)
-
-    return inside
+    def forward(self, x: Tensor, h: Tensor, view: View, cache: Cache) -> tuple[Tensor, Tensor]:
+        """The stream and its norm -> the stream after attention, and what the MLP adds to it."""
+        x, h = add(x, self.attn(h, view, cache), Norms(self.attn_post_norm, self.mlp_norm))
+        return x, self.mlp(h)
 
 
 class Decoder(nn.Module):
@@ -112,19 +140,20 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(D, config)
         self.head = nn.Identity() if config.tied else nn.Linear(D, V, bias=False)
 
-    @as_loaded
     def forward(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
         """tokens (B, T), the cache's next columns -> (B, T, D) after the last norm."""
         views, position = cache.advance(tokens.shape[1])
-        x = self.embed(tokens)
-        x = x * nearest(self.config.embed_scale, x.dtype)  # as in training
-        y = self.blocks[0].attn_norm(x)
-        after = [*(block.attn_norm for block in self.blocks[1:]), self.norm]
-        for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layers, strict=True)):
-            x, delta = block(x, y, views[kind], cache)
-            norms = Norms(block.mlp_post_norm, after[layer])
-            x, y = steer(x, delta, norms, layer, position)  # <- everything this library is about
-        return y
+        norms = [*(block.attn_norm for block in self.blocks), self.norm]
+        with as_is(self.embed.weight, launched=False):  # no autocast: rounded as the reference is
+            x = self.embed(tokens)
+            x = x * nearest(self.config.embed_scale, x.dtype)  # as in training
+            h = norms[0](x)
+            for layer, block in enumerate(self.blocks):
+                x, delta = block(x, h, views[self.config.layers[layer]], cache)
+                end = Norms(block.mlp_post_norm, norms[layer + 1])
+                # x + delta; then for each edit x + d u, d = clip(bias - slope <x, u>, low, high)
+                x, h = steer(x, delta, end, layer, position)
+        return h
 
     @property
     def multiple(self) -> int:
@@ -134,13 +163,13 @@ class Decoder(nn.Module):
     def prefill(self, tokens: Tensor, cache: Cache, steer: Seam = unsteered) -> Tensor:
         """`forward` in chunks -> the last position alone, (B, 1, D)."""
         for chunk in tokens.split(CHUNK, dim=1):
-            x = self(chunk, cache, steer)
-        return x[:, -1:]
+            h = self(chunk, cache, steer)
+        return h[:, -1:]
 
-    @as_loaded
-    def logits(self, x: Tensor) -> Tensor:
-        """x (B, T, D) after the last norm -> (B, T, vocab_size) float32."""
+    def logits(self, h: Tensor) -> Tensor:
+        """h (B, T, D) after the last norm -> (B, T, vocab_size) float32."""
         weight = self.embed.weight if self.config.tied else self.head.weight
-        logits = F.linear(x, weight).float()
+        with as_is(weight, launched=False):
+            logits = F.linear(h, weight).float()
         cap = self.config.logit_cap
         return cap * torch.tanh(logits / cap) if cap else logits

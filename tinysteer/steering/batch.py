@@ -10,7 +10,7 @@ import tinysteer_kernels as kernels
 import torch
 from torch import Tensor
 
-from tinysteer.model.stream import Norms, Seam, add, unsteered
+from tinysteer.model.decoder import Norms, Seam, add, unsteered
 from tinysteer.steering.edits import Direction, Edit, Origin
 from tinysteer.steering.vectors import SteeringVector
 
