@@ -37,9 +37,11 @@ def edits_for(model) -> list:
     """Two edits at four layers along random directions, too small to derail the text."""
     torch.manual_seed(0)
     shape = model.config.n_layers, model.config.dim
-    a, b = (ts.SteeringVector.from_means(torch.randn(shape), torch.zeros(shape)) for _ in range(2))
+    a, b = (ts.SteeringVector._from_means(torch.randn(shape), torch.zeros(shape)) for _ in range(2))
     layers = torch.linspace(1, model.config.n_layers - 2, 4).int().tolist()
-    return [edit for L in layers for edit in (a.at(L).add(0.5), b.at(L).to_target(target=0.5))]
+    return [
+        edit for L in layers for edit in (a.at(L).add(weight=0.5), b.at(L).to_target(target=0.5))
+    ]
 
 
 @torch.inference_mode()

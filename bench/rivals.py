@@ -39,8 +39,7 @@ from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.step import Capture
 from tinysteer.loading.families import FAMILIES
 from tinysteer.model.cache import Cache
-from tinysteer.model.decoder import Decoder
-from tinysteer.model.decoder import Seam, unsteered
+from tinysteer.model.decoder import Decoder, Seam, unsteered
 
 PROMPT, N_TOKENS, ROUNDS, K = 32, 64, 3, 4
 THEIRS = f"transformers {transformers.__version__}"

@@ -107,9 +107,9 @@ def main() -> None:
     asked = [prompt + wording for prompt in PROMPTS[:12] for wording in JSON]
     control, weight = vector.random_like().at(17), 0.75 * as_json.norm
     ways = {
-        "steered": complete(PROMPTS[:12], as_json.add(weight)),
+        "steered": complete(PROMPTS[:12], as_json.add(weight=weight)),
         "asked": complete(asked),
-        "both": (both := complete(asked, as_json.add(weight))),
+        "both": (both := complete(asked, as_json.add(weight=weight))),
         "asked, a random direction": complete(asked, control.add(weight)),
     }
     rows = [

@@ -26,9 +26,9 @@ REPLAY = 4e-3  # seconds
 ALIKE = 0.1  # idle tables may round a sum of squares otherwise: less than this, after all layers
 
 VERBS = {
-    "adds": lambda direction, weight: direction.add(weight),
+    "adds": lambda direction, weight: direction.add(weight=weight),
     "targets": lambda direction, weight: direction.to_target(target=weight),
-    "idle": lambda direction, weight: direction.add(weight, where=(1 << 30, None)),  # never
+    "idle": lambda direction, weight: direction.add(weight=weight, where=(1 << 30, None)),  # never
 }
 
 

@@ -36,7 +36,7 @@ def settings_for(model) -> dict[int, list]:
     asked = [prompt + " Be extremely concise." for prompt in PROMPTS]
     vector = ts.extract(model, asked, PROMPTS)
     layers = torch.linspace(2, model.config.n_layers - 2, N_LAYERS).int().tolist()
-    return {L: [vector.at(L).add(0.5 * vector.at(L).norm)] for L in layers}
+    return {L: [vector.at(L).add(weight=0.5 * vector.at(L).norm)] for L in layers}
 
 
 @torch.inference_mode()

@@ -24,10 +24,17 @@ def vector(model):
 
 
 MIXES = {
-    "add": lambda a, b: [a.at(1).add(6.0)],
+    "add": lambda a, b: [a.at(1).add(weight=6.0)],
     "to_target": lambda a, b: [a.at(2).to_target(target=8.0)],
-    "several layers": lambda a, b: [a.at(0).add(4.0), b.at(2).to_target(), b.at(3).add(-5.0)],
-    "two at one layer, in order": lambda a, b: [a.at(1).to_target(target=5.0), b.at(1).add(6.0)],
+    "several layers": lambda a, b: [
+        a.at(0).add(weight=4.0),
+        b.at(2).to_target(),
+        b.at(3).add(weight=-5.0),
+    ],
+    "two at one layer, in order": lambda a, b: [
+        a.at(1).to_target(target=5.0),
+        b.at(1).add(weight=6.0),
+    ],
     "half way": lambda a, b: [a.at(1).to_target(0.5, target=9.0)],
     "clamps": lambda a, b: [a.at(1).at_least(target=1.0), b.at(2).at_most(target=-1.0)],
     "ablate": lambda a, b: [a.at(layer).ablate() for layer in range(4)],
@@ -68,7 +75,7 @@ def test_a_batch_of_mixed_rows_says_what_hooks_make_transformers_say(checkpoint)
 def test_positions_count_from_the_last_prompt_token(where, model, vector):
     """A window's edit changes the residuals of its positions and of no earlier one."""
     tokens, prompt_length = some_tokens(), 7
-    edit = vector.at(1).add(5.0, where=where)
+    edit = vector.at(1).add(weight=5.0, where=where)
     moved = model.residuals(tokens, [edit], prompt_length=prompt_length)[1]
     moved = (moved - model.residuals(tokens)[1]).norm(dim=-1)[0]  # (T,)
     first, stop = {"all": (None, None), "prompt": (None, 0), "generation": (0, None)}.get(
@@ -83,7 +90,10 @@ def test_positions_count_from_the_last_prompt_token(where, model, vector):
 
 @pytest.mark.parametrize("where", ["all", "prompt", "generation", (-2, 1), (1, 3)])
 def test_steered_decoding_with_a_cache_equals_recomputing(where, model, vector):
-    edits = [vector.at(1).add(6.0, where=where), vector.at(2).to_target(target=4.0, where=where)]
+    edits = [
+        vector.at(1).add(weight=6.0, where=where),
+        vector.at(2).to_target(target=4.0, where=where),
+    ]
     prompt = model.tokenizer.encode("a prompt")
     text = model.complete(["a prompt"], edits, max_new_tokens=8, chat=False, stop=["\0"])[0]
     ids = list(prompt)
@@ -98,14 +108,14 @@ def test_steered_decoding_with_a_cache_equals_recomputing(where, model, vector):
 def test_generation_windows_reach_the_first_new_token(model, vector):
     """The last prompt token makes the first new one; an edit that skipped it would be too late."""
     tokens = some_tokens()
-    steered = model.logits(tokens, [vector.at(1).add(9.0, where="generation")])
+    steered = model.logits(tokens, [vector.at(1).add(weight=9.0, where="generation")])
     assert not torch.equal(steered[:, -1], model.logits(tokens)[:, -1])
     assert torch.equal(steered[:, :-1], model.logits(tokens)[:, :-1])
 
 
 def test_padding_is_never_edited(model, vector):
     tokens, start = some_tokens(2), torch.tensor([5, 0])
-    edit = vector.at(0).add(5.0)
+    edit = vector.at(0).add(weight=5.0)
     moved = (
         model.residuals(tokens, [edit], start=start)[0] - model.residuals(tokens, start=start)[0]
     )
@@ -115,25 +125,25 @@ def test_padding_is_never_edited(model, vector):
 
 def test_zero_is_bit_identical_to_no_steering(model, vector):
     tokens = some_tokens()
-    assert torch.equal(model.logits(tokens, [vector.at(1).add(0.0)]), model.logits(tokens))
+    assert torch.equal(model.logits(tokens, [vector.at(1).add(weight=0.0)]), model.logits(tokens))
     assert torch.equal(model.logits(tokens, []), model.logits(tokens))
 
 
 def test_opposite_weights_cancel(model, vector):
     tokens = some_tokens()
-    edits = [vector.at(1).add(2.0), vector.at(1).add(-2.0)]
+    edits = [vector.at(1).add(weight=2.0), vector.at(1).add(weight=-2.0)]
     torch.testing.assert_close(model.logits(tokens, edits), model.logits(tokens))
 
 
 def test_a_row_without_edits_is_bit_identical_beside_steered_ones(model, vector):
     tokens = some_tokens(3)
-    rows = [[vector.at(1).add(5.0)], [], [vector.at(2).ablate()]]
+    rows = [[vector.at(1).add(weight=5.0)], [], [vector.at(2).ablate()]]
     assert torch.equal(model.logits(tokens, rows)[1], model.logits(tokens)[1])
 
 
 def test_a_row_does_not_depend_on_its_neighbours(model, vector):
-    tokens, edit = some_tokens(3), vector.at(1).add(5.0)
-    for neighbours in ([], [vector.at(1).to_target(target=50.0), vector.at(3).add(9.0)]):
+    tokens, edit = some_tokens(3), vector.at(1).add(weight=5.0)
+    for neighbours in ([], [vector.at(1).to_target(target=50.0), vector.at(3).add(weight=9.0)]):
         steered = model.logits(tokens, [neighbours, [edit], neighbours])
         torch.testing.assert_close(steered[1], model.logits(tokens, [edit])[1])
 
@@ -141,7 +151,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model, vector):
 def test_nothing_stays_behind_in_the_model(model, vector):
     tokens = some_tokens()
     before = model.logits(tokens)
-    model.complete(["x"], [vector.at(1).add(50.0)], max_new_tokens=3)
+    model.complete(["x"], [vector.at(1).add(weight=50.0)], max_new_tokens=3)
     assert torch.equal(model.logits(tokens), before)
 
 
@@ -153,7 +163,7 @@ def test_verbs_do_to_the_projection_what_they_say(model, vector):
 
     plain, middle = projection(), float(projection().median())
     same = torch.testing.assert_close
-    same(projection(v.add(3.0)), plain + 3.0)
+    same(projection(v.add(weight=3.0)), plain + 3.0)
     same(projection(v.add()), plain + v.norm)
     same(projection(v.to_target()), torch.full_like(plain, v.target))
     same(projection(v.to_target(0.25, target=8.0)), plain + 0.25 * (8.0 - plain))
@@ -174,13 +184,13 @@ def test_a_weight_that_is_not_finite_is_refused(vector, number):
 def test_an_unknown_layer_is_refused(model, vector):
     with pytest.raises(ValueError, match="layer 4: this vector has layers 0 to 3"):
         vector.at(4)
-    deeper = ts.SteeringVector.from_means(torch.randn(9, 48), torch.zeros(9, 48))
+    deeper = ts.SteeringVector._from_means(torch.randn(9, 48), torch.zeros(9, 48))
     with pytest.raises(ValueError, match="layer 8: this model has layers 0 to 3"):
         model.complete(["x"], [deeper.at(8).add()])
 
 
 def test_a_vector_of_another_width_is_refused(model):
-    wide = ts.SteeringVector.from_means(torch.randn(4, 64), torch.zeros(4, 64))
+    wide = ts.SteeringVector._from_means(torch.randn(4, 64), torch.zeros(4, 64))
     with pytest.raises(ValueError, match="the vector is 64 wide, this model 48"):
         model.complete(["x"], [wide.at(1).add()])
 
@@ -220,11 +230,11 @@ def test_a_layer_may_be_any_whole_number(model, vector):
 
 def test_an_edit_says_what_it_does(vector):
     v = vector.at(1)
-    assert repr(v.add(20)) == "<Edit at layer 1: bias=20>"
+    assert repr(v.add(weight=20)) == "<Edit at layer 1: bias=20>"
     assert repr(v.at_least(target=3, where="prompt")) == (
         "<Edit at layer 1: bias=3, slope=1, low=0, last=-1>"
     )
-    assert repr(v.add(0)) == "<Edit at layer 1: nothing>"
+    assert repr(v.add(weight=0)) == "<Edit at layer 1: nothing>"
 
 
 def test_buffers_that_were_broken_off_know_nothing(vector, monkeypatch):
@@ -241,8 +251,8 @@ def test_buffers_that_were_broken_off_know_nothing(vector, monkeypatch):
 
 def test_a_direction_changed_in_place_is_another_edit(vector):
     v = vector
-    rows = [[v.at(1).add(2.0)]] * 2
+    rows = [[v.at(1).add(weight=2.0)]] * 2
     before = signature(rows)
-    assert signature([[v.at(1).add(2.0)]] * 2)[0] == before[0] == signature(rows)[0]
+    assert signature([[v.at(1).add(weight=2.0)]] * 2)[0] == before[0] == signature(rows)[0]
     v.directions.neg_()
     assert signature(rows) != before

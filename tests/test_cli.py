@@ -49,7 +49,7 @@ def test_generate_prints_the_steered_text(folder, vector, capsys):
     spec = f"{vector}@2:add=40"
     assert main(["generate", "-m", folder, "hello", "--steer", spec, "--max-new-tokens", "9"]) == 0
     model, v = ts.load(folder), ts.SteeringVector.load(vector)
-    expected = model.complete(["hello"], [v.at(2).add(40.0)], max_new_tokens=9)[0]
+    expected = model.complete(["hello"], [v.at(2).add(weight=40.0)], max_new_tokens=9)[0]
     assert capsys.readouterr().out == expected + "\n"
     assert expected != model.complete(["hello"], max_new_tokens=9)[0]
 

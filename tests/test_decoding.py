@@ -40,7 +40,7 @@ def on_tape(model):
 def vectors(model, n=3):
     torch.manual_seed(0)
     shape = model.config.n_layers, model.config.dim
-    return [ts.SteeringVector.from_means(torch.randn(shape), torch.zeros(shape)) for _ in range(n)]
+    return [ts.SteeringVector._from_means(torch.randn(shape), torch.zeros(shape)) for _ in range(n)]
 
 
 def mixed(model, weight=6.0) -> list[list]:
@@ -50,9 +50,9 @@ def mixed(model, weight=6.0) -> list[list]:
     layers = range(model.config.n_layers)
     return [
         [],
-        [a.at(1).add(weight)],
-        [a.at(2).to_target(target=3.0), b.at(2).add(-weight), c.at(2).at_least(target=1.0)],
-        [b.at(L).add(weight / 4, where="generation") for L in layers],
+        [a.at(1).add(weight=weight)],
+        [a.at(2).to_target(target=3.0), b.at(2).add(weight=-weight), c.at(2).at_least(target=1.0)],
+        [b.at(L).add(weight=weight / 4, where="generation") for L in layers],
         [c.at(L).ablate(where=(1, 5)) for L in layers] + [a.at(0).at_most(target=0.5)] * 5,
     ]
 
@@ -79,7 +79,7 @@ def test_whatever_changes_the_graphs_stay(taped):
     calls = [
         (mixed(taped), {}),
         (mixed(taped, -3.0)[::-1], {}),
-        ([a.at(3).add(1.0)], {"prompts": PROMPTS[::-1]}),
+        ([a.at(3).add(weight=1.0)], {"prompts": PROMPTS[::-1]}),
         ([b.at(L).to_target(target=2.0) for L in range(4)], {"max_new_tokens": 3}),
     ]
     texts = [complete(taped, steer, **options) for steer, options in calls]
@@ -175,19 +175,23 @@ def test_a_slider_acts_on_the_token_it_is_set_for(taped):
 
     def slider(n):
         asked.append(n)
-        return [v.at(1).add(8.0)] if n < 3 else []
+        return [v.at(1).add(weight=8.0)] if n < 3 else []
 
     for graph in (False, True):
         asked.clear()
         text = complete(taped, slider, max_new_tokens=12, graph=graph)
-        assert text == complete(taped, [v.at(1).add(8.0, where=(None, 3))], max_new_tokens=12)
+        assert text == complete(
+            taped, [v.at(1).add(weight=8.0, where=(None, 3))], max_new_tokens=12
+        )
         assert asked == [*range(12)]
-    assert text not in (complete(taped), complete(taped, [v.at(1).add(8.0)]))
+    assert text not in (complete(taped), complete(taped, [v.at(1).add(weight=8.0)]))
 
 
 def test_a_slider_of_weights_needs_one_graph(taped):
     v, w, *_ = vectors(taped)
-    complete(taped, lambda n: [v.at(1 + n % 3).add(0.5 * n), w.at(2).to_target(target=float(n))])
+    complete(
+        taped, lambda n: [v.at(1 + n % 3).add(weight=0.5 * n), w.at(2).to_target(target=float(n))]
+    )
     assert taped.pool.captured == 1
 
 
@@ -197,7 +201,11 @@ def test_a_slider_of_numbers_alone_sends_tables_alone(taped, monkeypatch):
 
     def slider(n):
         rows = [[] for _ in PROMPTS]
-        rows[1] = [v.at(1).add(2.0 * n), v.at(1).at_most(target=1.0 - n), w.at(3).add(float(-n))]
+        rows[1] = [
+            v.at(1).add(weight=2.0 * n),
+            v.at(1).at_most(target=1.0 - n),
+            w.at(3).add(weight=float(-n)),
+        ]
         rows[3] = rows[4] = [w.at(2).to_target(target=0.3 * n, where=(n - 1, None))]
         return rows
 
@@ -213,7 +221,7 @@ def test_a_slider_of_numbers_alone_sends_tables_alone(taped, monkeypatch):
 
 def test_a_slider_may_outgrow_its_tables(taped):
     v, *_ = vectors(taped)
-    grow = lambda n: [v.at(1).add(0.3 * k) for k in range(n + 1)]  # noqa: E731
+    grow = lambda n: [v.at(1).add(weight=0.3 * k) for k in range(n + 1)]  # noqa: E731
     assert complete(taped, grow) == complete(taped, grow, graph=False)
 
 
@@ -233,7 +241,7 @@ def test_what_a_slider_returns_is_checked_as_edits_are(model):
 
 def test_streams_may_be_interleaved(taped):
     a, b, _ = vectors(taped)
-    ways = [([a.at(1).add(6.0)], PROMPTS[0]), ([b.at(2).add(6.0)], PROMPTS[1])]
+    ways = [([a.at(1).add(weight=6.0)], PROMPTS[0]), ([b.at(2).add(weight=6.0)], PROMPTS[1])]
     options = {"chat": False, "max_new_tokens": 10}
     alone = [taped.complete(prompt, steer, graph=False, **options)[0] for steer, prompt in ways]
     streams = [taped.stream(prompt, steer, **options) for steer, prompt in ways]
@@ -269,7 +277,7 @@ def test_nothing_of_a_broken_batch_stays(taped):
     a, *_ = vectors(taped)
     text = complete(taped)
     with pytest.raises(ValueError, match="NaN or infinite in"):
-        complete(taped, [a.at(0).add(3.3e38, where=(2, 3))] * 9)
+        complete(taped, [a.at(0).add(weight=3.3e38, where=(2, 3))] * 9)
     assert complete(taped) == text
 
 
@@ -283,9 +291,9 @@ def test_rows_are_rounded_up_so_that_a_third_is_idle_at_most():
 def test_layers_that_are_no_longer_steered_are_not(taped):
     a, b, _ = vectors(taped)
     for steer in (
-        [a.at(1).add(6.0)],
-        [b.at(2).add(6.0)],
-        [b.at(2).add(-6.0)],
+        [a.at(1).add(weight=6.0)],
+        [b.at(2).add(weight=6.0)],
+        [b.at(2).add(weight=-6.0)],
         [],
         [a.at(0).ablate()],
     ):
@@ -304,15 +312,15 @@ def test_ways_of_sampling_have_their_own_graphs(taped):
 def test_it_does_not_matter_how_often_a_direction_is_written(taped):
     """`at` makes a new view each time; the bank holds its memory once."""
     (v, *_), layers = vectors(taped), range(4)
-    complete(taped, [[v.at(L).add(1.0) for L in layers for _ in range(4)] for _ in PROMPTS])
+    complete(taped, [[v.at(L).add(weight=1.0) for L in layers for _ in range(4)] for _ in PROMPTS])
     assert list(taped.pool.free[0].steering) == [(4, 64)]
-    rows = [[v.at(L).add(1.0) for L in layers] for _ in range(50)]
+    rows = [[v.at(L).add(weight=1.0) for L in layers] for _ in range(50)]
     assert len(batch.Steering(rows, torch.zeros(0)).bank) == 4
 
 
 def test_vectors_changed_in_place_are_read_anew(taped):
     v, *_ = vectors(taped)
-    edits = [v.at(1).add(8.0)]
+    edits = [v.at(1).add(weight=8.0)]
     text = complete(taped, edits)
     v.directions.neg_()
     assert complete(taped, edits) == complete(taped, edits, graph=False) != text
@@ -472,7 +480,9 @@ def test_a_layer_is_nine_launches_at_most(pair, monkeypatch):
         (residual, "add_steer_norm_kernel"),
     ):
         monkeypatch.setattr(module, name, Kernel())
-    steered = [v.at(L).add(1.0) for L in range(len(ours.config.layers)) for v in vectors(ours)]
+    steered = [
+        v.at(L).add(weight=1.0) for L in range(len(ours.config.layers)) for v in vectors(ours)
+    ]
     counts = []
     for n in (2, ours.config.n_layers):
         layers = ours.config.layers[-1:] * n
@@ -507,11 +517,11 @@ def test_a_vector_changed_in_place_acts_from_the_next_step_on(taped):
     def turned(n):
         if n == 3:
             v.directions.neg_()
-        return [v.at(1).add(30.0)]
+        return [v.at(1).add(weight=30.0)]
 
     by_number = taped.complete(
-        "some words", lambda n: [v.at(1).add(30.0 if n < 3 else -30.0)], **options
+        "some words", lambda n: [v.at(1).add(weight=30.0 if n < 3 else -30.0)], **options
     )
     assert taped.complete("some words", turned, **options) == by_number
     v.directions.neg_()
-    assert taped.complete("some words", [v.at(1).add(30.0)], **options) != by_number
+    assert taped.complete("some words", [v.at(1).add(weight=30.0)], **options) != by_number

@@ -195,11 +195,14 @@ def test_a_choice_is_the_best_that_spoils_no_more_than_no_steering(tiny, vectors
 
 
 def asks(model, n=7):
-    v = ts.SteeringVector.from_means(
+    v = ts.SteeringVector._from_means(
         torch.randn(model.config.n_layers, model.config.dim),
         torch.zeros(model.config.n_layers, model.config.dim),
     )
-    return [Ask("abcdefg"[: i + 1], [v.at(1).add(float(i))] * (i % 2), {"i": i}) for i in range(n)]
+    return [
+        Ask("abcdefg"[: i + 1], [v.at(1).add(weight=float(i))] * (i % 2), {"i": i})
+        for i in range(n)
+    ]
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import tinysteer as ts
 def vector(model):
     torch.manual_seed(0)
     without = torch.randn(4, 48)
-    return ts.SteeringVector.from_means(without + torch.randn(4, 48), without, {"name": "terse"})
+    return ts.SteeringVector._from_means(without + torch.randn(4, 48), without, {"name": "terse"})
 
 
 @pytest.mark.parametrize("variant", ["llama: grouped heads", "gemma2"])  # with post-norms
@@ -29,7 +29,12 @@ def test_the_moves_are_those_of_the_residual_stream(checkpoint, variant, vector)
 
 def test_each_edit_of_a_layer_is_told_by_itself_and_in_order(model, vector):
     v = vector.at(1)
-    edits = [v.add(2.0), vector.at(2).add(1.0), v.add(-0.5), v.to_target(target=7.0)]
+    edits = [
+        v.add(weight=2.0),
+        vector.at(2).add(weight=1.0),
+        v.add(weight=-0.5),
+        v.to_target(target=7.0),
+    ]
     (said,) = model.explain("x", edits)
     assert said.edits == edits
     tokens = torch.tensor([model.tokenizer.chat("x")])
@@ -40,7 +45,7 @@ def test_each_edit_of_a_layer_is_told_by_itself_and_in_order(model, vector):
 
 def test_rows_have_their_own_edits_and_padding_has_none(model, vector):
     prompts = ["short", "a much longer prompt"]
-    one, two = model.explain(prompts, [[vector.at(1).add(2.0)], []])
+    one, two = model.explain(prompts, [[vector.at(1).add(weight=2.0)], []])
     n = len(model.tokenizer.chat(prompts[0]))
     padding = len(two.tokens) - n
     assert one.positions == [None] * padding + list(range(-n + 1, 1))
@@ -50,7 +55,10 @@ def test_rows_have_their_own_edits_and_padding_has_none(model, vector):
 
 
 def test_new_tokens_are_those_of_complete(model, vector):
-    edits = [vector.at(1).add(9.0, where=(0, 2)), vector.at(2).add(1.0, where="prompt")]
+    edits = [
+        vector.at(1).add(weight=9.0, where=(0, 2)),
+        vector.at(2).add(weight=1.0, where="prompt"),
+    ]
     (said,) = model.explain("hello", edits, max_new_tokens=4)
     text = model.complete("hello", edits, max_new_tokens=4)[0]
     new = [token for token, at in zip(said.tokens, said.positions, strict=True) if (at or 0) > 0]
@@ -61,7 +69,7 @@ def test_new_tokens_are_those_of_complete(model, vector):
 
 
 def test_the_last_new_token_is_never_run_so_nothing_moves_it(model, vector):
-    (said,) = model.explain("hello", [vector.at(1).add(1.0)], max_new_tokens=2)
+    (said,) = model.explain("hello", [vector.at(1).add(weight=1.0)], max_new_tokens=2)
     assert said.positions[-2:] == [1, 2]
     assert said.d[0, -3:].tolist() == [1.0, 1.0, 0.0]
 
@@ -74,7 +82,7 @@ def test_a_token_that_is_a_lines_end_stays_in_its_row(model, vector):
 
 
 def test_the_table_marks_padding_and_the_last_prompt_token(model, vector):
-    edit = vector.at(1).add(2.0, where="generation")
+    edit = vector.at(1).add(weight=2.0, where="generation")
     table = str(model.explain(["short", "a much longer prompt"], [edit], max_new_tokens=1)[0])
     lines = table.split("\n")
     assert lines[1] == "  [0] <Edit terse at layer 1: bias=2, first=0>"

@@ -51,8 +51,8 @@ def test_memory_is_as_foretold(variant, checkpoint):
     sampler = Sampler([0] * ROWS, 4, **cuts) if sampling != "greedy" else None
     expected = footprint(decoder.config, ROWS, COLUMNS, sampling=sampling)
     shape = decoder.config.n_layers, decoder.config.dim
-    vector = ts.SteeringVector.from_means(torch.randn(shape), torch.zeros(shape))
-    edits = [[vector.at(L).add(0.1) for L in range(shape[0])]] * ROWS
+    vector = ts.SteeringVector._from_means(torch.randn(shape), torch.zeros(shape))
+    edits = [[vector.at(L).add(weight=0.1) for L in range(shape[0])]] * ROWS
     made = []
 
     def decode():

@@ -9,8 +9,7 @@ from checkpoints import VARIANTS
 import tinysteer as ts
 from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
-from tinysteer.model.decoder import CHUNK, Decoder
-from tinysteer.model.decoder import unsteered
+from tinysteer.model.decoder import CHUNK, Decoder, unsteered
 from tinysteer.text.tokenizer import pad
 
 T = 24

@@ -14,7 +14,7 @@ def vectors(tmp_path):
     made = {}
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
-        made[name] = ts.SteeringVector.from_means(torch.randn(4, 48), torch.randn(4, 48))
+        made[name] = ts.SteeringVector._from_means(torch.randn(4, 48), torch.randn(4, 48))
         made[name].save(tmp_path / f"{name}.safetensors")
     return made
 
@@ -41,7 +41,7 @@ def test_a_plan_is_the_edits_it_names_in_order(vectors, tmp_path):
     )
     assert ts.load_plan(plan) == [
         a.at(1).add(),
-        b.at(3).add(3.0),
+        b.at(3).add(weight=3.0),
         a.at(1).to_target(0.5, target=2.0, where="generation"),
         b.at(2).at_least(where=(0, 16)),
         a.at(1).at_most(target=-1.0, where=(None, 0)),
@@ -51,7 +51,7 @@ def test_a_plan_is_the_edits_it_names_in_order(vectors, tmp_path):
 
 def test_a_plan_may_be_a_dict(vectors, tmp_path):
     plan = {"edits": [entry(weight=2.0)]}
-    assert ts.load_plan(plan, folder=tmp_path) == [vectors["a"].at(1).add(2.0)]
+    assert ts.load_plan(plan, folder=tmp_path) == [vectors["a"].at(1).add(weight=2.0)]
 
 
 def test_the_command_line_takes_a_plan(vectors, model, checkpoint, tmp_path, capsys):
@@ -62,7 +62,7 @@ def test_the_command_line_takes_a_plan(vectors, model, checkpoint, tmp_path, cap
     spec = f"{tmp_path / 'b.safetensors'}@2:add=9"
     flags = ["--steer", str(plan), "--steer", spec, "--max-new-tokens", "9"]
     assert main(["generate", "-m", folder, "hello", *flags]) == 0
-    edits = [vectors["a"].at(1).add(40.0), vectors["b"].at(2).add(9.0)]
+    edits = [vectors["a"].at(1).add(weight=40.0), vectors["b"].at(2).add(weight=9.0)]
     expected = ts.load(folder).complete("hello", edits, max_new_tokens=9)[0]
     assert capsys.readouterr().out == expected + "\n"
 

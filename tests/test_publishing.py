@@ -110,7 +110,7 @@ class Hub(BaseHTTPRequestHandler):
 def vector():
     torch.manual_seed(0)
     about = {"name": "terse", "model": "some/model", "revision": "abc", "pairs": "24"}
-    return ts.SteeringVector.from_means(torch.randn(4, 48), torch.randn(4, 48), about)
+    return ts.SteeringVector._from_means(torch.randn(4, 48), torch.randn(4, 48), about)
 
 
 @pytest.fixture(scope="module")

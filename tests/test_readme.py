@@ -30,7 +30,7 @@ def test_the_python_examples_run_and_steer(monkeypatch, tmp_path, capsys):
 
 
 def test_the_plan_can_be_read(tmp_path):
-    vector = ts.SteeringVector.from_means(torch.randn(6, 128), torch.zeros(6, 128))
+    vector = ts.SteeringVector._from_means(torch.randn(6, 128), torch.zeros(6, 128))
     (plan,) = (json.loads(text) for language, text in BLOCKS if language == "json")
     for entry in plan["edits"]:
         vector.save(tmp_path / entry["vector"])

@@ -116,9 +116,9 @@ def test_steered_texts_are_those_of_hooks_on_transformers(real_pair, singles):
     vector = ts.extract(ours, [prompt + SUFFIX for prompt in PROMPTS], PROMPTS)
     middle, late = vector.at(ours.config.n_layers // 2), vector.at(ours.config.n_layers - 4)
     rows = [
-        [middle.add(2 * middle.norm)],
+        [middle.add(weight=2 * middle.norm)],
         [late.to_target()],
-        [middle.add(), middle.to_target(0.5), late.add(-1.0)],
+        [middle.add(), middle.to_target(0.5), late.add(weight=-1.0)],
         [],
     ]
     prompts, n_tokens = PROMPTS[1:5], 24

@@ -82,8 +82,12 @@ def test_a_text_without_anything_to_predict_counts_as_1(model):
 
 def test_a_sweep_is_each_setting_alone(model):
     torch.manual_seed(0)
-    vector = ts.SteeringVector.from_means(torch.randn(4, 48), torch.randn(4, 48))
-    settings = {"off": [], 2: [vector.at(2).add(40.0)], 3: [vector.at(3).to_target(target=30.0)]}
+    vector = ts.SteeringVector._from_means(torch.randn(4, 48), torch.randn(4, 48))
+    settings = {
+        "off": [],
+        2: [vector.at(2).add(weight=40.0)],
+        3: [vector.at(3).to_target(target=30.0)],
+    }
     found = sweep(model, ["one", "a second one"], settings, max_new_tokens=6)
     assert list(found) == list(settings)
     for key, edits in settings.items():

@@ -19,7 +19,7 @@ DRAWN = {"temperature": 1.5, "seed": [3, 1, 4]}
 def vector(model) -> ts.SteeringVector:
     shape = model.config.n_layers, model.config.dim
     states = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    return ts.SteeringVector.from_means(states, torch.zeros(shape, device="cpu"))
+    return ts.SteeringVector._from_means(states, torch.zeros(shape, device="cpu"))
 
 
 def edits(model) -> list[ts.Edit]:

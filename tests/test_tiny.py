@@ -99,14 +99,14 @@ def test_words_and_length_are_followed_too(lab, tiny, plain):
 
 def test_opposite_edits_give_the_same_texts(tiny, vectors, questions, plain):
     v = vectors["capitals"].at(LAYER)
-    assert tiny.complete(questions[:8], [v.add(), v.add(-v.norm)], **OPTIONS) == plain[:8]
+    assert tiny.complete(questions[:8], [v.add(), v.add(weight=-v.norm)], **OPTIONS) == plain[:8]
     negated = (-vectors["capitals"]).at(LAYER)
     assert tiny.complete(questions[:8], [v.add(), negated.add()], **OPTIONS) == plain[:8]
 
 
 def test_zero_is_bit_identical(tiny, vectors, questions):
     tokens = torch.tensor([tiny.tokenizer.chat(questions[0])])
-    edit = vectors["json"].at(LAYER).add(0.0)
+    edit = vectors["json"].at(LAYER).add(weight=0.0)
     assert torch.equal(tiny.logits(tokens, [edit]), tiny.logits(tokens))
 
 

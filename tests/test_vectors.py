@@ -60,8 +60,8 @@ def test_targets_follow_the_algebra(a):
 
 def test_a_sums_baseline_is_that_of_states_which_share_their_base():
     base, one, two = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
-    total = ts.SteeringVector.from_means(one, base) + ts.SteeringVector.from_means(two, base)
-    close(total, ts.SteeringVector.from_means(base + (one - base) + (two - base), base))
+    total = ts.SteeringVector._from_means(one, base) + ts.SteeringVector._from_means(two, base)
+    close(total, ts.SteeringVector._from_means(base + (one - base) + (two - base), base))
 
 
 def test_what_cancels_has_no_direction(a):
@@ -78,14 +78,14 @@ def test_equality_is_of_the_numbers(a, b):
     assert a != b
     assert a != -a
     assert a != "a"
-    assert a.at(1).add(2.0) == same.at(1).add(2.0)
-    assert a.at(1).add(2.0) != a.at(1).add(3.0)
-    assert a.at(1).add(2.0) != a.at(2).add(2.0)
-    assert a.at(1).add(2.0) != b.at(1).add(2.0)
+    assert a.at(1).add(weight=2.0) == same.at(1).add(weight=2.0)
+    assert a.at(1).add(weight=2.0) != a.at(1).add(weight=3.0)
+    assert a.at(1).add(weight=2.0) != a.at(2).add(weight=2.0)
+    assert a.at(1).add(weight=2.0) != b.at(1).add(weight=2.0)
 
 
 def test_what_is_no_vector_or_of_another_shape_cannot_be_added(a):
-    other = ts.SteeringVector.from_means(torch.randn(4, 64), torch.zeros(4, 64))
+    other = ts.SteeringVector._from_means(torch.randn(4, 64), torch.zeros(4, 64))
     with pytest.raises(ValueError, match="4 layers of width 48 and 4 layers of width 64"):
         a + other
     for wrong in (lambda: a + 1, lambda: a * "2", lambda: a * a):
@@ -108,7 +108,7 @@ def test_a_vector_says_what_it_is(model):
     assert (a - b).metadata["model"] == "tiny"
     assert a.metadata["pairs_sha256"] in (a - b).metadata["pairs_sha256"]
     assert "name" not in (2 * a).metadata
-    assert repr(a.at(1).add(2)) == "<Edit json at layer 1: bias=2>"
+    assert repr(a.at(1).add(weight=2)) == "<Edit json at layer 1: bias=2>"
     assert vector_for(model).label == ""
 
 
@@ -179,7 +179,7 @@ def test_a_vector_made_for_another_model_of_the_same_shape_warns(checkpoint):
 
 
 def test_a_vector_of_another_depth_is_refused(model):
-    deeper = ts.SteeringVector.from_means(
+    deeper = ts.SteeringVector._from_means(
         torch.randn(9, 48), torch.zeros(9, 48), {"model": "a deeper one"}
     )
     with pytest.raises(ValueError, match="9 layers, this model 4: it was made for a deeper one"):
@@ -236,7 +236,7 @@ def test_a_layer_where_nothing_differs_has_no_direction():
     means = torch.randn(3, 8)
     same = means.clone()
     same[0] += 1
-    vector = ts.SteeringVector.from_means(same, means)
+    vector = ts.SteeringVector._from_means(same, means)
     with pytest.raises(ValueError, match=r"layer 1: .* equal there"):
         vector.at(1)
     assert vector.at(0).norm == pytest.approx(8**0.5, rel=1e-5)

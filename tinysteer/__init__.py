@@ -3,7 +3,7 @@ residual stream (Stolfo et al., ICLR 2025).
 
     model = load("HuggingFaceTB/SmolLM2-135M-Instruct")
     vector = extract(model, with_instruction, without)
-    model.complete(prompts, steer=[vector.at(15).add()])
+    model.complete("What is an owl?", steer=[vector.at(15).add()])
 """
 
 import warnings
@@ -18,11 +18,13 @@ from tinysteer.language_model import LanguageModel, load
 from tinysteer.steering.edits import Direction, Edit
 from tinysteer.steering.plans import load_plan
 from tinysteer.steering.vectors import SteeringVector
+from tinysteer.text.streaming import Answer
 from tinysteer.version import VERSION
 
 __version__ = VERSION
 
 __all__ = [
+    "Answer",
     "Direction",
     "Edit",
     "Explanation",

@@ -154,8 +154,8 @@ def extract(
     if torch.equal(*means):
         raise ValueError(SAME)
     if method == "mean":
-        return SteeringVector.from_means(*means, metadata)
-    return SteeringVector.along(principal(sampled[0] - sampled[1]), *means, metadata)
+        return SteeringVector._from_means(*means, metadata)
+    return SteeringVector._along(principal(sampled[0] - sampled[1]), *means, metadata)
 
 
 def size(side: Side) -> int:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from tinysteer.decoding.step import DIRECTIONS, EDITS
 from tinysteer.loading.checkpoint import load_config
 from tinysteer.loading.hub import fetch
 from tinysteer.model.config import Config
 from tinysteer.model.decoder import CHUNK, Decoder
+from tinysteer.steering.batch import DIRECTIONS, EDITS
 from tinysteer.steering.vectors import SteeringVector
 from tinysteer.text.tokenizer import Tokenizer
 

@@ -1,28 +1,32 @@
 """The front door: `load`, and the language model that it returns, a decoder with its tokenizer."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Unpack  # comes with torch
 
-from tinysteer.decoding import generation
-from tinysteer.decoding.explanation import Explanation, explain
+from tinysteer.decoding.explanation import Asked, Explanation, Read, directions_of, explain
+from tinysteer.decoding.generation import Options, check_lengths, decode, per_prompt, settled
 from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device, parse_dtype
 from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
 from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
-from tinysteer.model.decoder import CHUNK, Decoder
+from tinysteer.model.decoder import CHUNK, Decoder, Seam
 from tinysteer.model.recorder import Recorder
-from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
+from tinysteer.steering.batch import Changing, Rows, Steer, changes, check_fit, per_row, seam
 from tinysteer.steering.edits import Edit
-from tinysteer.text.streaming import TextStream
+from tinysteer.text.streaming import Answer, TextStream
 from tinysteer.text.tokenizer import Prompt, Tokenizer
+
+Prompts = str | Sequence[Prompt]
+Steering = Steer | Changing
 
 
 def load(
@@ -90,97 +94,142 @@ class LanguageModel:
         c, dtype = self.config, str(self.dtype).removeprefix("torch.")
         return f"<{self.name}: {c.family}, {c.n_layers} layers of width {c.dim}, {dtype}>"
 
+    @overload
+    def complete(self, prompts: str, steer: Steering = ..., **options: Unpack[Options]) -> str: ...
+    @overload
     def complete(
-        self, prompts: str | Sequence[Prompt], steer: Steer | Changing = None, **options
-    ) -> list[str]:
-        """The model's answers: one string a prompt, in order, without prompt or special tokens.
+        self, prompts: Sequence[Prompt], steer: Steering = ..., **options: Unpack[Options]
+    ) -> list[str]: ...
+    def complete(
+        self, prompts: Prompts, steer: Steering = None, **options: Unpack[Options]
+    ) -> str | list[str]:
+        """The texts of `generate` alone: one for a string, a list for a list."""
+        texts = [answer.text for answer in self._generate(prompts, steer, options)]
+        return texts[0] if isinstance(prompts, str) else texts
+
+    @overload
+    def generate(
+        self, prompts: str, steer: Steering = ..., **options: Unpack[Options]
+    ) -> Answer: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], steer: Steering = ..., **options: Unpack[Options]
+    ) -> list[Answer]: ...
+    def generate(
+        self, prompts: Prompts, steer: Steering = None, **options: Unpack[Options]
+    ) -> Answer | list[Answer]:
+        """The model's answers, each with its text, tokens, their log-probabilities and the reason
+        why it ended: one for a string, a list, in order, for a list.
 
         prompts: users' messages, or conversations as lists of {"role": ..., "content": ...}.
-        options: the fields of `Options`, such as max_new_tokens=128, temperature=0.0, seed=None,
-        stop=(). ValueError, before anything is run, for a prompt that exceeds the context, for
-        edits that do not fit this model and for options out of range.
+        options: see `Options`. ValueError, before anything is run, for a prompt that exceeds the
+        context, for edits that do not fit this model, for options unknown or out of range.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        pieces = self.stream(prompts, steer, **options)
-        texts = [""] * len(prompts)
-        for i, piece in pieces:
-            texts[i] += piece
-        return texts
+        answers = self._generate(prompts, steer, options)
+        return answers[0] if isinstance(prompts, str) else answers
+
+    def _generate(self, prompts: Prompts, steer: Steering, options: Options) -> list[Answer]:
+        texts, pieces = self._begin(prompts, steer, options)
+        for _ in pieces:
+            pass
+        return [text.answer for text in texts]
 
     @overload
-    def stream(self, prompts: str, steer: Steer | Changing = None, **options) -> Iterator[str]: ...
+    def stream(
+        self, prompts: str, steer: Steering = ..., **options: Unpack[Options]
+    ) -> Iterator[str]: ...
     @overload
     def stream(
-        self, prompts: Sequence[Prompt], steer: Steer | Changing = None, **options
+        self, prompts: Sequence[Prompt], steer: Steering = ..., **options: Unpack[Options]
     ) -> Iterator[tuple[int, str]]: ...
-    def stream(self, prompts, steer=None, **options):
+    def stream(
+        self, prompts: Prompts, steer: Steering = None, **options: Unpack[Options]
+    ) -> Iterator[str] | Iterator[tuple[int, str]]:
         """The same piece by piece: text for one string, (index, text) for a list of prompts.
 
         A function given as `steer` is asked before each step, and at 0 for the prompts and the
         first token. On a GPU a step is under way while the token before it is read: what changes
         after a piece has come acts from the token after the next.
         """
-        if isinstance(prompts, str):
-            return (piece for _, piece in self.stream([prompts], steer, **options))
-        options = generation.Options(**options)
-        ids = self._ids(prompts, options.chat)
-        rows = [self._edits(steer(0) if changes(steer) else steer, len(ids))]
-        limits = options.per_prompt("max_new_tokens", len(ids))
-        seeds = options.per_prompt("seed", len(ids))
-        generation.check_lengths(ids, limits, self.config.context_length)
+        _, pieces = self._begin(prompts, steer, options)
+        return (piece for _, piece in pieces) if isinstance(prompts, str) else pieces
+
+    def _begin(
+        self, prompts: Prompts, steer: Steering, given: Options
+    ) -> tuple[list[TextStream], Iterator[tuple[int, str]]]:
+        """What will hold each answer, and the pieces, which are made as they are asked for."""
+        options = settled(given)
+        ids = self._ids(prompts, options["chat"])
+        limits = per_prompt("max_new_tokens", options["max_new_tokens"], len(ids))
+        seeds = per_prompt("seed", options["seed"], len(ids))
+        first = self._edits(steer(0) if changes(steer) else steer, len(ids))
+        check_lengths(ids, limits, self.config.context_length)
 
         def edits(n: int) -> list[list[Edit]]:
-            if not changes(steer):
-                return rows[0]
-            return rows.pop() if rows else self._edits(steer(n), len(ids))
+            return self._edits(steer(n), len(ids)) if n and changes(steer) else first
 
-        return self._stream(ids, edits, limits, seeds, options)
+        stop = [*options["stop"], *(self.tokenizer.stop_strings if options["chat"] else ())]
+        ends = self.tokenizer.stop_ids, stop
+        texts = [TextStream(self.tokenizer.decode, limit, *ends) for limit in limits]
+        return texts, self._pieces(ids, texts, edits, seeds, options)
 
-    def _stream(self, ids, edits, limits, seeds, options) -> Iterator[tuple[int, str]]:
-        stop = options.stop_strings + (self.tokenizer.stop_strings if options.chat else ())
+    def _pieces(
+        self,
+        ids: list[list[int]],
+        texts: list[TextStream],
+        edits: Callable[[int], Rows],
+        seeds: list[int | None],
+        options: Options,
+    ) -> Iterator[tuple[int, str]]:
         # Prompts of like length share a batch; rows that may not get a token need none.
-        order = sorted((i for i in range(len(ids)) if limits[i]), key=lambda i: len(ids[i]))
-        size = options.batch_size
+        order = sorted((i for i in range(len(ids)) if texts[i].limit), key=lambda i: len(ids[i]))
+        size = options["batch_size"]
         batches = [order[at : at + size] for at in range(0, len(order), size)]
         for batch in tqdm(batches, "batches", leave=False, disable=None if batches[1:] else True):
             sampler = None
-            if options.temperature:
-                draws = [seeds[i] for i in batch], max(limits[i] for i in batch)
-                cuts = options.top_k, options.top_p, options.min_p
-                sampler = Sampler(*draws, options.temperature, *cuts, self.device)
-            streams = [
-                TextStream(self.tokenizer.decode, limits[i], self.tokenizer.stop_ids, stop)
-                for i in batch
-            ]
+            if options["temperature"]:
+                draws = [seeds[i] for i in batch], max(texts[i].limit for i in batch)
+                cuts = options["top_k"], options["top_p"], options["min_p"]
+                sampler = Sampler(*draws, options["temperature"], *cuts, self.device)
 
-            def of_batch(n: int, batch: list[int] = batch) -> list[list[Edit]]:
+            def of_batch(n: int, batch: list[int] = batch) -> Rows:
                 rows = edits(n)
                 return [rows[i] for i in batch]
 
-            how = {"graph": options.graph, "kernels": options.kernels}
-            own = [ids[i] for i in batch]
-            for row, piece in generation.decode(self.pool, own, streams, of_batch, sampler, **how):
+            own = [ids[i] for i in batch], [texts[i] for i in batch]
+            how = {"graph": options["graph"], "kernels": options["kernels"]}
+            for row, piece in decode(self.pool, *own, of_batch, sampler, **how):
                 yield batch[row], piece
 
+    @overload
+    def explain(self, prompts: str, steer: Steer = ..., **how: Unpack[Asked]) -> Explanation: ...
+    @overload
+    def explain(
+        self, prompts: Sequence[Prompt], steer: Steer = ..., **how: Unpack[Asked]
+    ) -> list[Explanation]: ...
     def explain(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompts,
         steer: Steer = None,
         *,
+        read: Read = (),
         max_new_tokens: int = 0,
         chat: bool = True,
-    ) -> list[Explanation]:
-        """Which tokens the edits move, at which layers and how far: one `Explanation` a prompt.
+    ) -> Explanation | list[Explanation]:
+        """What the edits do to each token: which are moved, how far, and what that does to the
+        next one. One `Explanation` for a string, a list for a list.
 
-        The prompts are run as one padded batch; with max_new_tokens their greedy continuations,
-        made with the edits, are shown too, up to a stop id. Errors as for `complete`.
+        read: directions, such as vector.at(15), to be read off every token before any edit.
+        max_new_tokens: greedy new tokens, made with the edits, that are shown too, up to a stop
+        id. chat: as in `Options`. Errors as for `generate`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = self._ids(prompts, chat)
-        edits = self._edits(steer, len(ids))
-        limits = generation.Options(max_new_tokens).per_prompt("max_new_tokens", len(ids))
-        generation.check_lengths(ids, limits, self.config.context_length)
-        return explain(self.decoder, self.tokenizer, ids, edits, limits[0]) if ids else []
+        edits, directions = self._edits(steer, len(ids)), directions_of(read)
+        self._edits([direction.ablate() for direction in directions], 1)  # whether they fit
+        limits = per_prompt("max_new_tokens", max_new_tokens, len(ids))
+        check_lengths(ids, limits, self.config.context_length)
+        explanations = explain(self.pool, self.tokenizer, ids, edits, directions, limits)
+        return explanations[0] if isinstance(prompts, str) else explanations
 
     @torch.no_grad()
     def logits(
@@ -196,8 +245,8 @@ class LanguageModel:
         start (B,): where rows padded on the left begin; default 0. prompt_length: how many of
         the columns are the prompt, for edits that tell it from what follows; default all.
         """
-        chunks, cache, steer = self._run(tokens, steer, start, prompt_length)
-        normed = torch.cat([self.decoder(chunk, cache, steer) for chunk in chunks], dim=1)
+        chunks, cache, edits = self._run(tokens, steer, start, prompt_length)
+        normed = torch.cat([self.decoder(chunk, cache, edits) for chunk in chunks], dim=1)
         return self.decoder.logits(normed)
 
     @torch.no_grad()
@@ -213,13 +262,15 @@ class LanguageModel:
 
         In the model's dtype, edits included. Other arguments as for `logits`.
         """
-        chunks, cache, steer = self._run(tokens, steer, start, prompt_length)
-        recorder = Recorder(self.config.n_layers, steer)
+        chunks, cache, edits = self._run(tokens, steer, start, prompt_length)
+        recorder = Recorder(self.config.n_layers, edits)
         for chunk in chunks:
             self.decoder(chunk, cache, recorder)
         return torch.stack([torch.cat(states, dim=1) for states in recorder.states])
 
-    def _run(self, tokens, steer, start, prompt_length):
+    def _run(
+        self, tokens: Tensor, steer: Steer, start: Tensor | None, prompt_length: int | None
+    ) -> tuple[Sequence[Tensor], Cache, Seam]:
         if not isinstance(tokens, Tensor):
             raise ValueError(f"tokens must be a tensor (B, T), not {type(tokens).__name__}")
         if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
@@ -241,10 +292,11 @@ class LanguageModel:
         if not 1 <= prompt_length <= T:
             raise ValueError(f"prompt_length is {prompt_length}; there are {T} columns of tokens")
         cache = Cache(self.decoder, start, prompt_length, T)
-        steer = seam(self._edits(steer, B), self.decoder.embed.weight)
-        return tokens.long().to(self.device).split(CHUNK, dim=1), cache, steer
+        edits = seam(self._edits(steer, B), self.decoder.embed.weight)
+        return tokens.long().to(self.device).split(CHUNK, dim=1), cache, edits
 
-    def _ids(self, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
+    def _ids(self, prompts: Prompts, chat: bool) -> list[list[int]]:
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
         return [self.tokenizer.ids(prompt, chat) for prompt in prompts]

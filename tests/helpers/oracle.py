@@ -82,4 +82,4 @@ def vector_for(model, seed: int = 0) -> ts.SteeringVector:
     generator = torch.Generator().manual_seed(seed)
     shape = model.config.n_layers, model.config.dim
     without = torch.randn(shape, generator=generator)
-    return ts.SteeringVector.from_means(without + torch.randn(shape, generator=generator), without)
+    return ts.SteeringVector._from_means(without + torch.randn(shape, generator=generator), without)

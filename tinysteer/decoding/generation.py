@@ -1,83 +1,107 @@
-"""Prompts in, text out: a batch decoded with a KV cache, steered, streamed row by row."""
+"""Prompts in, answers out: a batch decoded with a KV cache, steered, streamed row by row."""
 
+import difflib
 import numbers
 import operator
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 
 from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.sampling import Sampler
-from tinysteer.decoding.step import BROKEN, Decoding
-from tinysteer.steering.edits import Edit
+from tinysteer.decoding.step import BROKEN, Batch, decode_tokens
+from tinysteer.steering.batch import Rows
 from tinysteer.text.streaming import TextStream
-from tinysteer.text.tokenizer import pad
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to generate. ValueError for a value out of its range.
+class Options(TypedDict, total=False):
+    """How to generate: what `complete`, `generate` and `stream` take by keyword. See DEFAULTS.
 
     Where one value or one a prompt may be given, a row's text depends on its own value alone:
     the same prompt, edits and seed give the same text in any batch, up to rounding, which in
     half precision may tip a token.
     """
 
-    max_new_tokens: int | Sequence[int] = 128  # one for all prompts, or one each
-    temperature: float = 0.0  # 0: greedy
+    max_new_tokens: int | Sequence[int]  # one for all prompts, or one each
+    temperature: float  # 0: greedy
     # The next three cut what is drawn from, and need a temperature above 0.
-    top_k: int | None = None  # draw from that many of the likeliest tokens
-    top_p: float | None = None  # from the fewest tokens that hold this share of probability
-    min_p: float | None = None  # from tokens at least this fraction as likely as the likeliest
-    seed: int | Sequence[int] | None = None  # one for all prompts, or one each; None: at random
-    stop: str | Sequence[str] | None = None  # strings that end a text, left out of it
-    chat: bool = True  # put prompts into the model's chat template; False: take them as they are
-    batch_size: int = 32  # prompts decoded together
-    graph: bool = True  # on a GPU, capture a step and replay it; False: launch each anew
-    kernels: bool = True  # on a GPU, use the kernels; False: PyTorch's operations
+    top_k: int | None  # draw from that many of the likeliest tokens
+    top_p: float | None  # from the fewest tokens that hold this share of probability
+    min_p: float | None  # from tokens at least this fraction as likely as the likeliest
+    seed: int | Sequence[int] | None  # one for all prompts, or one each; None: at random
+    stop: str | Sequence[str] | None  # strings that end a text, left out of it
+    chat: bool  # put prompts into the model's chat template; False: take them as they are
+    batch_size: int  # prompts decoded together
+    graph: bool  # on a GPU, capture a step and replay it; False: launch each anew
+    kernels: bool  # on a GPU, use the kernels; False: PyTorch's operations
 
-    def __post_init__(self):
-        ranges = {  # what it must be, its type, whether it is in range
-            "temperature": ("0 (greedy) or more", numbers.Real, lambda t: t >= 0),
-            "top_k": ("1 or more", numbers.Integral, lambda k: k >= 1),
-            "top_p": ("above 0 and at most 1", numbers.Real, lambda p: 0 < p <= 1),
-            "min_p": ("from 0 to 1", numbers.Real, lambda p: 0 <= p <= 1),
-            "batch_size": ("1 or more", numbers.Integral, lambda n: n >= 1),
-        }
-        cuts = ("top_k", "top_p", "min_p")
-        for name, (words, kind, fits) in ranges.items():
-            value = getattr(self, name)
-            if value is None and name in cuts:
-                continue
-            if not (isinstance(value, kind) and fits(value)):
-                raise ValueError(f"{name} is {value!r}; it must be {words}")
-            if name in cuts and not self.temperature:
-                raise ValueError(f"{name} changes nothing at temperature 0: set temperature too")
-        if not all(isinstance(s, str) and s for s in self.stop_strings):
-            raise ValueError(f"stop is {self.stop!r}; it must be strings that are not empty")
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return tuple(self.stop) if isinstance(self.stop, list | tuple) else (self.stop,)
+DEFAULTS: Options = {
+    "max_new_tokens": 128,
+    "temperature": 0.0,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "seed": None,
+    "stop": None,
+    "chat": True,
+    "batch_size": 32,
+    "graph": True,
+    "kernels": True,
+}
+CUTS = ("top_k", "top_p", "min_p")
+RANGES: dict[str, tuple[str, type, Callable[[Any], bool]]] = {  # in words, a type, whether it fits
+    "temperature": ("0 (greedy) or more", numbers.Real, lambda t: t >= 0),
+    "top_k": ("1 or more", numbers.Integral, lambda k: k >= 1),
+    "top_p": ("above 0 and at most 1", numbers.Real, lambda p: 0 < p <= 1),
+    "min_p": ("from 0 to 1", numbers.Real, lambda p: 0 <= p <= 1),
+    "batch_size": ("1 or more", numbers.Integral, lambda n: n >= 1),
+}
 
-    def per_prompt(self, name: str, n_prompts: int) -> list:
-        """`max_new_tokens` or `seed`, one value a prompt."""
-        value = getattr(self, name)
-        several = isinstance(value, Sequence) and not isinstance(value, str)
-        values = list(value) if several else [value] * n_prompts
-        if len(values) != n_prompts:
-            raise ValueError(f"{name} has {len(values)} values for {n_prompts} prompts")
-        for i, value in enumerate(values):
-            absent = value is None and name == "seed"
-            if not absent and not (isinstance(value, numbers.Integral) and 0 <= value < 2**63):
-                raise ValueError(
-                    f"{name} is {value!r} for prompt {i}; it must be a whole number, 0 or more"
-                )
-        return [value if value is None else operator.index(value) for value in values]
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """A question that names what was probably meant, or nothing."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def settled(given: Options) -> Options:
+    """The options, defaults for the rest, `stop` as a list. ValueError: unknown, out of range."""
+    for name in given:
+        if name not in DEFAULTS:
+            others = nearest(name, [*DEFAULTS]) or f"; options are {', '.join(DEFAULTS)}"
+            raise ValueError(f"{name} is not an option{others}")
+    options: Options = {**DEFAULTS, **given}
+    values: dict[str, Any] = {**options}
+    for name, (words, kind, fits) in RANGES.items():
+        value = values[name]
+        if value is None and name in CUTS:
+            continue
+        if not (isinstance(value, kind) and fits(value)):
+            raise ValueError(f"{name} is {value!r}; it must be {words}")
+        if name in CUTS and not options["temperature"]:
+            raise ValueError(f"{name} changes nothing at temperature 0: set temperature too")
+    stop = options["stop"]
+    stop = [] if stop is None else list(stop) if isinstance(stop, list | tuple) else [stop]
+    if not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop is {options['stop']!r}; it must be strings that are not empty")
+    return {**options, "stop": stop}
+
+
+def per_prompt(name: str, value: Any, n_prompts: int) -> list:
+    """`max_new_tokens` or `seed`, one value a prompt. ValueError."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = list(value) if several else [value] * n_prompts
+    if len(values) != n_prompts:
+        raise ValueError(f"{name} has {len(values)} values for {n_prompts} prompts")
+    for i, value in enumerate(values):
+        absent = value is None and name == "seed"
+        if not absent and not (isinstance(value, numbers.Integral) and 0 <= value < 2**63):
+            raise ValueError(
+                f"{name} is {value!r} for prompt {i}; it must be a whole number, 0 or more"
+            )
+    return [value if value is None else operator.index(value) for value in values]
 
 
 def check_lengths(
@@ -99,8 +123,8 @@ def check_lengths(
 def decode(
     pool: DecodingPool,
     prompts: Sequence[Sequence[int]],
-    rows: Sequence[TextStream],
-    edits: Callable[[int], Sequence[Sequence[Edit]]],
+    texts: Sequence[TextStream],
+    edits: Callable[[int], Rows],
     sampler: Sampler | None = None,
     *,
     graph: bool = True,
@@ -108,40 +132,23 @@ def decode(
 ) -> Iterator[tuple[int, str]]:
     """Yield (row, piece of text) until every row is done; prompts are lists of token ids.
 
-    edits: how many tokens were chosen so far -> the edits for the next, a list a row.
+    edits: as for `decode_tokens`. ValueError for logits that are not finite.
     """
-    tokens, start = pad(prompts, pool.decoder.multiple)
-    limits = [row.limit for row in rows]
-    stop_ids = frozenset().union(*(row.stop_ids for row in rows))
-    with pool.take(len(prompts), tokens.shape[1] + max(limits), graph) as step:
-        step.begin(tokens, start, limits, stop_ids, edits(0), sampler, kernels)
-        for chosen in tokens_of(step, max(limits), edits):
-            for i, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-                if row.done:
+    limits, stop_ids = [text.limit for text in texts], texts[0].stop_ids
+    batch = Batch.of(prompts, pool.decoder, limits, stop_ids, sampler)
+    with pool.take(len(prompts), batch.length, graph) as decoding:
+        for chosen in decode_tokens(decoding, batch, edits, kernels):
+            for row, (text, token, logprob) in enumerate(zip(texts, *chosen, strict=True)):
+                if text.done:
                     continue
                 if token == BROKEN:
                     raise ValueError(
                         f"logits became NaN or infinite in {pool.decoder.embed.weight.dtype}: "
                         "lower the weights of the edits, or load the model in bfloat16 or float32"
                     )
-                if piece := row.push(token):
-                    yield i, piece
-                if row.done:
-                    step.end(i)
-            if all(row.done for row in rows):
+                if piece := text.push(token, logprob):
+                    yield row, piece
+                if text.done:
+                    decoding.end(row)
+            if all(text.done for text in texts):
                 return
-
-
-def tokens_of(
-    step: Decoding, n_tokens: int, edits: Callable[[int], Sequence[Sequence[Edit]]]
-) -> Iterator[list[int]]:
-    """What each step chose. On a GPU the step after it is on its way before that is read."""
-    waiting = deque([step.read()])
-    for n in range(1, n_tokens):
-        if len(waiting) > step.lag:
-            yield waiting.popleft()()
-        step.steer(edits(n))
-        step()
-        waiting.append(step.read())
-    for read in waiting:
-        yield read()

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from tinysteer.decoding.step import Capture, Decoding, rounded, twice, weights_key
+from tinysteer.decoding.step import Capture, Decoding, Means, twice, weights_key
 from tinysteer.model.decoder import Decoder
+from tinysteer.steering.batch import rounded
 
 SHORTEST = 256  # columns of a captured step's cache, at least
 KEPT = 2  # captured steps that wait for another batch: a whole one, and a list's last, smaller one
@@ -90,12 +91,13 @@ class DecodingPool:
         torch.OutOfMemoryError where memory is too short even without those that wait.
         """
         if not graph or not (self.capture or self.decoder.embed.weight.is_cuda):
-            yield self._made(rows, length)
+            yield self._made(rows, length, Means(clear=self.clear))
             return
         rows, context = rounded_rows(rows), self.decoder.config.context_length
         length = max(min(rounded(max(length, SHORTEST)), context), length)
         step = self._kept(rows, length)
-        step = step or self._made(rows, length, self._captured, self.graphs.on_stream)
+        means = Means(self._captured, self.graphs.on_stream, self.clear)
+        step = step or self._made(rows, length, means)
         try:
             yield step
         finally:
@@ -112,9 +114,8 @@ class DecodingPool:
             del self.free[KEPT - 1 :]  # before there is another cache beside theirs
         return None
 
-    def _made(self, rows: int, length: int, *captured) -> Decoding:
-        sizes, clear = (self.decoder, rows, length), self.clear
-        return twice(lambda: Decoding(*sizes, *captured, clear=clear), clear)
+    def _made(self, rows: int, length: int, means: Means) -> Decoding:
+        return twice(lambda: Decoding(self.decoder, rows, length, means), self.clear)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
         replay = (self.capture or self.graphs)(run)

@@ -8,8 +8,10 @@ On a CPU the same step runs as it is.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,29 +21,47 @@ from torch import Tensor
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.model.cache import Cache
 from tinysteer.model.decoder import Decoder
-from tinysteer.model.decoder import Seam, unsteered
-from tinysteer.steering.batch import (
-    SteeringBuffers,
-    depth,
-    direction_key,
-    distinct,
-    seam,
-    signature,
-)
-from tinysteer.steering.edits import Edit
+from tinysteer.steering.batch import Rows, SteeringBuffers
+from tinysteer.text.tokenizer import pad
 
 NOTHING, BROKEN = -1, -2  # in a token's place: its row is done; its logits are not finite
-EDITS = 4  # of a row at one layer that a captured step has room for, at least
-DIRECTIONS = 64  # in a captured step's bank, at least
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]  # runs it -> what runs it again
+
+
+class Batch(NamedTuple):
+    """Prompts to be decoded together."""
+
+    tokens: Tensor  # (B, T), padded on the left
+    start: Tensor  # (B,) the column that each begins at
+    limits: Sequence[int]  # of new tokens, one a row
+    stop_ids: frozenset[int] = frozenset()
+    sampler: Sampler | None = None  # None: greedy
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], decoder: Decoder, *rest, **named) -> "Batch":
+        """Of lists of token ids, and the other fields."""
+        return cls(*pad(prompts, decoder.multiple), *rest, **named)
+
+    @property
+    def length(self) -> int:
+        """The columns that it needs."""
+        return self.tokens.shape[1] + max(self.limits)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a pool lends to a step."""
+
+    capture: Capture | None = None  # None: the step runs as it is
+    around: Callable[[torch.device], AbstractContextManager] = torch.cuda.device  # all GPU work
+    clear: Callable[[], None] = lambda: None  # makes room where memory is too short
 
 
 class Variant(NamedTuple):
     """What of a captured step is no tensor's content, besides its rows and columns."""
 
-    edits: int  # of a row at one layer, at most; 0: nothing is steered
-    directions: int  # in the bank, at most
+    size: tuple[int, int]  # of the tables: see `SteeringBuffers`
     sampling: str  # Sampler.kind, or "greedy"
     kernels: bool  # by the kernels; False: by PyTorch's operations
 
@@ -53,7 +73,7 @@ def on_its_stream(method: Callable) -> Callable:
     def inside(self, *arguments, **options):
         if self.device.type != "cuda":
             return method(self, *arguments, **options)
-        with self.around(self.device):
+        with self.means.around(self.device):
             return method(self, *arguments, **options)
 
     return inside
@@ -82,155 +102,129 @@ def weights_key(decoder: Decoder) -> int:
 class Decoding:
     """A batch that is being decoded: `begin` runs its prompts, each call a step.
 
-    Without `capture` it is made for one batch and runs as it is. With it the sizes are those of
-    the graphs: later batches may have fewer rows and need fewer columns. around: a GPU -> what
-    all its work there is done in. clear: makes room where memory is too short for the prompts or
-    for a graph, which are then tried once more; torch.OutOfMemoryError if that fails too.
+    Without a capture it is made for one batch and runs as it is. With it the sizes are those of
+    the graphs: later batches may have fewer rows and need fewer columns. Where memory is too short
+    for the prompts or for a graph, they are tried once more after `means.clear`;
+    torch.OutOfMemoryError if that fails too.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        rows: int,
-        length: int,
-        capture: Capture | None = None,
-        around: Callable[[torch.device], AbstractContextManager] = torch.cuda.device,
-        clear: Callable[[], None] = lambda: None,
-    ):
-        self.decoder, self.capture, self.around, self.clear = decoder, capture, around, clear
-        self.rows, self.length = rows, length
-        self.device = decoder.embed.weight.device
+    def __init__(self, decoder: Decoder, rows: int, length: int, means: Means = Means()):
+        self.decoder, self.means = decoder, means
         self.key = weights_key(decoder)
-        self.lag = int(self.device.type == "cuda")  # steps that run ahead of what is read
-        self._allocate()
-        self.steering: dict[tuple[int, int], SteeringBuffers] = {}
+        self._allocate(rows, length)
         self.samplers: dict[str, Sampler] = {}
         self.graphs: dict[Variant, Callable[[], None]] = {}
 
     @on_its_stream  # whose memory this is, so that it may be freed while a step is under way
-    def _allocate(self) -> None:
-        weight, rows = self.decoder.embed.weight, self.rows
-        with torch.device(weight.device):
+    def _allocate(self, rows: int, length: int) -> None:
+        decoder, fixed = self.decoder, self.means.capture is not None
+        with torch.device(self.device):
             self.tokens = torch.zeros(rows, 1, dtype=torch.long)
             self.chosen, self.left = torch.zeros(2, rows, dtype=torch.long)  # left: still allowed
-            self.stops = torch.zeros(self.decoder.config.vocab_size, dtype=torch.bool)
-            start = torch.full((rows,), self.length)
-        self.cache = Cache(self.decoder, start, 1, self.length)
+            self.logprobs = torch.zeros(rows)  # of what was chosen
+            self.stops = torch.zeros(decoder.config.vocab_size, dtype=torch.bool)
+            start = torch.full((rows,), length)
+        self.cache = Cache(decoder, start, 1, length)
+        self.steering = SteeringBuffers(decoder.embed.weight, decoder.config.n_layers, rows, fixed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.weight.device
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    @property
+    def lag(self) -> int:
+        """Steps that run ahead of what is read."""
+        return int(self.device.type == "cuda")
 
     @on_its_stream
-    def begin(
-        self,
-        tokens: Tensor,
-        start: Tensor,
-        limits: Sequence[int],
-        stop_ids: frozenset[int] = frozenset(),
-        edits: Sequence[Sequence[Edit]] = (),
-        sampler: Sampler | None = None,
-        kernels: bool = True,
-    ) -> None:
-        """Run prompts (n, T) from column start (n,) on and choose what follows each.
-
-        limits: of new tokens, one a row. Rows beyond n hold nothing.
-        """
-        (n, T), spare = tokens.shape, self.rows - len(tokens)
+    def begin(self, batch: Batch, edits: Rows = (), kernels: bool = True) -> None:
+        """Run a batch's prompts and choose what follows each. Rows beyond its own hold nothing."""
+        (n, T), spare = batch.tokens.shape, self.rows - len(batch.tokens)
         assert spare >= 0, (n, self.rows)
-        assert T + max(limits) <= self.length, (T, limits, self.length)
-        limits = torch.tensor([*limits, *[0] * spare], device="cpu")
-        start = torch.cat((start, torch.full((spare,), self.length, device="cpu")))
+        assert batch.length <= self.length, (batch.length, self.length)
+        limits = torch.tensor([*batch.limits, *[0] * spare], device="cpu")
+        start = torch.cat((batch.start, torch.full((spare,), self.length, device="cpu")))
 
         def run() -> None:
             self.cache.begin(start, T, T - start + limits)
             self.left.copy_(limits)
-            self.stops.zero_()[[i for i in stop_ids if i < len(self.stops)]] = True
-            self.n, self.kernels, self.edits = n, kernels, None
-            self.sampler = self._sampler(sampler)
-            if self.sampler:
-                self.sampler.step.zero_()  # a first attempt may have drawn
-            self._steer(edits, signature(edits))
+            self.stops.zero_()[[i for i in batch.stop_ids if i < len(self.stops)]] = True
+            self.n, self.kernels, self.sampler = n, kernels, self._sampler(batch.sampler)
+            self.steering.copy_(edits, anew=True)
+            part = self.cache.part(n)
             with use_kernels(kernels):
-                part, steer = self.cache.part(n), self.seam
-                steer = steer.part(n) if isinstance(steer, SteeringBuffers) else steer
-                x = self.decoder.prefill(tokens.to(self.tokens.device), part, steer)
-                self.cache.filled = part.filled
-                if self.capture is not None:  # from here on the columns are counted on the device
-                    self.cache.filled, self.cache.block = 0, self.length
-                self._choose(torch.cat((x, x.new_zeros(spare, *x.shape[1:]))))
+                tokens = batch.tokens.to(self.device)
+                h = self.decoder.prefill(tokens, part, self.steering.part(n))
+                self.cache.resume(part, fixed=self.means.capture is not None)
+                self._choose(torch.cat((h, h.new_zeros(spare, *h.shape[1:]))))
 
-        twice(run, self.clear)
+        twice(run, self.means.clear)
 
-    def steer(self, edits: Sequence[Sequence[Edit]]) -> None:
+    @on_its_stream
+    def steer(self, edits: Rows) -> None:
         """Edits for the steps to come, a list a row: other tables' contents, no other graph."""
-        new = signature(edits)
-        if self.edits is None or new != self.signature:
-            on_its_stream(Decoding._steer)(self, edits, new)
-
-    def _steer(self, edits: Sequence[Sequence[Edit]], new: tuple) -> None:
-        self.seam, self.size = self._steering(edits)
-        self.edits, self.signature = edits, new  # which speaks of memory that the edits keep
-
-    def _steering(self, edits: Sequence[Sequence[Edit]]) -> tuple[Seam, tuple[int, int]]:
-        if not any(edits):
-            return unsteered, (0, 0)
-        if self.capture is None:
-            return seam(edits, self.decoder.embed.weight), (0, 0)
-        capacity, spare = rounded(max(depth(edits), EDITS)), self.rows - len(edits)
-        directions = {direction_key(edit.direction) for row in distinct(edits) for edit in row}
-        size = capacity, rounded(max(len(directions), DIRECTIONS))
-        if size not in self.steering:
-            sizes = self.decoder.config.n_layers, self.rows, *size
-            self.steering[size] = SteeringBuffers(self.decoder.embed.weight, *sizes)
-        self.steering[size].copy_([*edits, *[[]] * spare])
-        return self.steering[size], size
+        self.steering.copy_(edits)
 
     def _sampler(self, new: Sampler | None) -> Sampler | None:
-        if new is None or self.capture is None:
-            return new
-        if new.kind not in self.samplers:
-            self.samplers[new.kind] = new.empty(self.rows, self.length)
-        return self.samplers[new.kind].copy_(new)
+        if new and self.means.capture:
+            if new.kind not in self.samplers:
+                self.samplers[new.kind] = new.empty(self.rows, self.length)
+            return self.samplers[new.kind].copy_(new)
+        if new:
+            new.step.zero_()  # a first attempt may have drawn
+        return new
 
     @on_its_stream
     def __call__(self) -> None:
         """One token more for each row that is not done."""
-        if self.capture is None:
+        if self.means.capture is None:
             return self._run()
         kind = self.sampler.kind if self.sampler else "greedy"
-        variant = Variant(*self.size, kind, self.kernels)
+        variant = Variant(self.steering.size, kind, self.kernels)
         if variant in self.graphs:
             self.graphs[variant]()
         else:
-            self.graphs[variant] = self._captured()
+            self.graphs[variant] = self._captured(self.means.capture)
         return None
 
-    def _captured(self) -> Callable[[], None]:
+    def _captured(self, capture: Capture) -> Callable[[], None]:
         """The step run and captured. What a run that broke off has changed is put back."""
-        state = [self.tokens, self.chosen, self.left, self.cache.start, self.cache.column]
+        state = [self.tokens, self.chosen, self.logprobs, self.left]
+        state += [self.cache.start, self.cache.column]
         state += [self.sampler.step] if self.sampler else []
         before = [tensor.clone() for tensor in state]
 
         def restart() -> None:
-            self.clear()
+            self.means.clear()
             for tensor, old in zip(state, before, strict=True):
                 tensor.copy_(old)
 
-        return twice(lambda: self.capture(self._run), restart)
+        return twice(lambda: capture(self._run), restart)
 
     def _run(self) -> None:
         with use_kernels(self.kernels):
-            self._choose(self.decoder(self.tokens, self.cache, self.seam))
+            self._choose(self.decoder(self.tokens, self.cache, self.steering.seam))
 
-    def _choose(self, x: Tensor) -> None:
-        """x (B, 1, D) after the last norm -> the next tokens, and what rows may still get."""
-        logits = self.decoder.logits(x)[:, -1]
+    def _choose(self, h: Tensor) -> None:
+        """h (B, 1, D) after the last norm -> the next tokens, and what rows may still get."""
+        logits = self.decoder.logits(h)[:, -1]
         lowest, highest = logits.aminmax(dim=-1)
         finite = (highest - lowest).isfinite()
         token = logits.argmax(-1) if self.sampler is None else self.sampler(logits)
+        self.logprobs.copy_(logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1))
         self.tokens.copy_(token[:, None])
         seen = token.where(finite, BROKEN).where(self.left > 0, NOTHING)
         self.chosen.copy_(seen)
         self.left.sub_(1).masked_fill_(self.stops[token] | (seen < 0), 0)
-        # A row that is done is padding from now on: not edited, and it looks at nothing.
-        self.cache.start.masked_fill_(self.left == 0, self.length)
+        self.cache.end(self.left == 0)
 
     @on_its_stream
     def end(self, row: int) -> None:
@@ -238,21 +232,44 @@ class Decoding:
         self.left[row] = 0
 
     @on_its_stream
-    def read(self) -> Callable[[], list[int]]:
-        """The last tokens chosen, on their way to the host: call the result to wait for them.
+    def read(self) -> Callable[[], tuple[list[int], list[float]]]:
+        """The last tokens chosen and their log-probabilities, a row each, on their way to the
+        host: call the result to wait for them.
 
         A row that is done has NOTHING there, one whose logits are not finite BROKEN.
         """
-        chosen = self.chosen[: self.n]
-        if not chosen.is_cuda:
-            return chosen.clone().tolist
-        host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
-        host.copy_(chosen, non_blocking=True)
+        both = self.chosen[: self.n], self.logprobs[: self.n]
+        if not self.chosen.is_cuda:
+            both = both[0].clone(), both[1].clone()
+            return lambda: (both[0].tolist(), both[1].tolist())
+        host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in both]
+        for there, here in zip(host, both, strict=True):
+            there.copy_(here, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
 
-        def wait() -> list[int]:
+        def wait() -> tuple[list[int], list[float]]:
             arrived.synchronize()
-            return host.tolist()
+            return host[0].tolist(), host[1].tolist()
 
         return wait
+
+
+def decode_tokens(
+    decoding: Decoding, batch: Batch, edits: Callable[[int], Rows], kernels: bool = True
+) -> Iterator[tuple[list[int], list[float]]]:
+    """What each step chose, a token a row, and its log-probability as the model is steered.
+
+    edits: how many tokens were chosen so far -> the edits for the next, a list a row. On a GPU
+    the step after it is on its way before a token is read. NOTHING, BROKEN as for `read`.
+    """
+    decoding.begin(batch, edits(0), kernels)
+    waiting = deque([decoding.read()])
+    for n in range(1, max(batch.limits)):
+        if len(waiting) > decoding.lag:
+            yield waiting.popleft()()
+        decoding.steer(edits(n))
+        decoding()
+        waiting.append(decoding.read())
+    for read in waiting:
+        yield read()

@@ -75,7 +75,7 @@ def to_target(vector: SteeringVector, layer: int | None) -> list[Edit]:
 def add(vector: SteeringVector, layer: int, weight: float) -> list[Edit]:
     """weight: in norms."""
     v = vector.at(layer)
-    return [v.add(weight * v.norm, where=WHERE)]
+    return [v.add(weight=weight * v.norm, where=WHERE)]
 
 
 @dataclass(frozen=True)

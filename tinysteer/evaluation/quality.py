@@ -7,14 +7,13 @@ response; any function will do in its place.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
+from tinysteer.decoding.scoring import logprobs_of
 from tinysteer.language_model import LanguageModel
 from tinysteer.model.cache import Cache
 from tinysteer.text.tokenizer import pad
 
 WINDOW = 1024  # tokens of a text that count, its last ones (paper)
-SLICE = 16  # positions whose logits are held at once
 
 Judge = Callable[[str, str], float]
 
@@ -35,14 +34,8 @@ def perplexity(judge: LanguageModel, texts: Sequence[str], *, batch_size: int = 
         tokens, start = pad([ids[i] for i in batch])
         tokens = tokens.to(judge.device)
         cache = Cache(judge.decoder, start, tokens.shape[1], tokens.shape[1])
-        states, following = judge.decoder(tokens, cache), tokens[:, 1:]
-        losses = [
-            F.cross_entropy(judge.decoder.logits(part).mT, right, reduction="none")
-            for part, right in zip(
-                states[:, :-1].split(SLICE, 1), following.split(SLICE, 1), strict=True
-            )
-        ]
-        losses = torch.cat(losses, dim=1)  # (B, T - 1)
+        states = judge.decoder(tokens, cache)
+        losses = -logprobs_of(judge.decoder, states[:, :-1], tokens[:, 1:])  # (B, T - 1)
         for row, i in enumerate(batch):
             values[i] = losses[row, int(start[row]) :].mean().exp().item()
     return values

@@ -76,7 +76,7 @@ class Lengths:
     def edits(self, vector: SteeringVector, weight: float) -> list[Edit]:
         if not weight:
             return []
-        return [vector.at(self.layer).add(weight, where=self.study.settings.where)]
+        return [vector.at(self.layer).add(weight=weight, where=self.study.settings.where)]
 
 
 def run(study: Study) -> Findings:

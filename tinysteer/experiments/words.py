@@ -87,7 +87,7 @@ def edits(study: Study, vector: SteeringVector, choice: tuple[int, float] | None
     """choice: a layer and a weight, or nothing."""
     if choice is None or not choice[1]:
         return []
-    return [vector.at(choice[0]).add(choice[1], where=study.settings.where)]
+    return [vector.at(choice[0]).add(weight=choice[1], where=study.settings.where)]
 
 
 def grid(study: Study, words: Words, kind: str) -> list[tuple[int, float] | None]:

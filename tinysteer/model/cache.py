@@ -68,6 +68,16 @@ class Cache:
         part.sets = {rope: sets[:n_rows] for rope, sets in self.sets.items()}
         return part
 
+    def resume(self, part: "Cache", fixed: bool) -> None:
+        """Go on behind what `part` has run. fixed: from here on the columns are counted on the
+        device alone, as in a captured step, and attention may look at all of them.
+        """
+        self.filled, self.block = (0, self.length) if fixed else (part.filled, part.block)
+
+    def end(self, done: Tensor) -> None:
+        """Rows that are done (B,) hold nothing from now on: not edited, they look at nothing."""
+        self.start.masked_fill_(done, self.length)
+
     def advance(self, T: int) -> tuple[dict[Layer, View], Tensor]:
         """Make room for T columns: each kind of layer's view, and the positions (B, T)."""
         self.filled += T

@@ -1,26 +1,29 @@
 """A batch's edits: what `steer=` accepts, whether that fits the model, and the seam it becomes."""
 
 import copy
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import tinysteer_kernels as kernels
 import torch
 from torch import Tensor
 
 from tinysteer.model.decoder import Norms, Seam, add, unsteered
-from tinysteer.steering.edits import Direction, Edit, Origin
+from tinysteer.steering.edits import Edit, Origin, Verbs, levels_up
 from tinysteer.steering.vectors import SteeringVector
 
+EDITS = 4  # of a row at one layer that fixed tables have room for, at least
+DIRECTIONS = 64  # in their bank, at least
+Rows = Sequence[Sequence[Edit]]  # a list of edits for each row of a batch
 Steer = Sequence[Edit] | Sequence[Sequence[Edit]] | Edit | None
 Changing = Callable[[int], Steer]  # the number of tokens chosen so far -> edits for the next
 
 
-def changes(steer: Steer | Changing) -> bool:
+def changes(steer: Steer | Changing) -> TypeGuard[Changing]:
     """Whether to ask for edits at each step. A verb that was not called is no such wish."""
-    return callable(steer) and not isinstance(getattr(steer, "__self__", None), Direction)
+    return callable(steer) and not isinstance(getattr(steer, "__self__", None), Verbs)
 
 
 def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
@@ -30,10 +33,10 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
     """
     if steer is None:
         return [[]] * n_rows
-    steer = [steer] if isinstance(steer, Edit | Direction | SteeringVector) else steer
+    steer = [steer] if isinstance(steer, Edit | Verbs | SteeringVector) else steer
     for row in distinct(steer) if isinstance(steer, Sequence) else [steer]:
-        for edit in row if isinstance(row, Sequence) else [row]:
-            if isinstance(edit, Direction | SteeringVector):
+        for edit in row if isinstance(row, Sequence) and not isinstance(row, Verbs) else [row]:
+            if isinstance(edit, Verbs | SteeringVector):
                 raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add()")
             if not isinstance(edit, Edit):
                 kind = getattr(edit, "__qualname__", type(edit).__name__)
@@ -43,7 +46,10 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
     if all(isinstance(edit, Edit) for edit in steer):
         return [list(steer)] * n_rows
     if any(isinstance(edit, Edit) for edit in steer):
-        raise ValueError("steer has edits and lists of edits: give each prompt a list, or all one")
+        raise ValueError(
+            "steer has edits and lists of edits: give each prompt a list, or all one (edits of "
+            "several layers are a list: unpack it, as in [*v.at(range(10, 21)).add(), other])"
+        )
     if len(steer) != n_rows:
         raise ValueError(f"steer has {len(steer)} lists of edits for {n_rows} prompts")
     copies = {id(row): list(row) for row in steer}  # rows that share a list go on sharing one
@@ -102,14 +108,6 @@ def differ(a: Origin, b: Origin) -> bool:
     return any(x and y and x != y for x, y in (models, (a.revision, b.revision)))
 
 
-def levels_up() -> int:
-    """How far above the caller the first frame lies that is neither ours nor torch's."""
-    frame, levels = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("tinysteer", "torch"):
-        frame, levels = frame.f_back, levels + 1
-    return levels
-
-
 class Steering:
     """The edits of a batch, ready to be a decoder's seam.
 
@@ -134,7 +132,7 @@ class Steering:
         return add(x, delta, norms, bank=self.bank, tables=tables, position=position)
 
 
-class SteeringBuffers(Steering):
+class FixedSteering(Steering):
     """Steering whose tables keep their sizes and places: every layer's, for a captured step."""
 
     def __init__(self, like: Tensor, n_layers: int, n_rows: int, capacity: int, n_directions: int):
@@ -148,7 +146,7 @@ class SteeringBuffers(Steering):
         self.stack = kernels.MoveTables(blank.packed.to(like.device))
         self.tables = {layer: self.stack[layer] for layer in range(n_layers)}
 
-    def copy_(self, rows: Sequence[Sequence[Edit]]) -> "SteeringBuffers":
+    def copy_(self, rows: Rows) -> None:
         """Take other edits, as many rows. Directions that are in the bank are not sent again."""
         try:
             named, new = with_names(rows, self.index)
@@ -166,7 +164,6 @@ class SteeringBuffers(Steering):
             raise
         if any(direction.is_inference() for direction in self.kept):
             self._forget()  # nothing tells when one of those is changed in place
-        return self
 
     def _compiled(self, named: Sequence[Sequence[tuple[int, kernels.Move]]]) -> kernels.MoveTables:
         bank = self.mirror[: len(self.kept)]
@@ -176,12 +173,53 @@ class SteeringBuffers(Steering):
         self.index.clear()
         self.kept.clear()
 
-    def part(self, n_rows: int) -> "SteeringBuffers":
+    def part(self, n_rows: int) -> "FixedSteering":
         """The edits of the first rows, in the same tables: to be read, not to be changed."""
         part = copy.copy(self)
         tables = self.tables.items()
         part.tables = {L: kernels.MoveTables(table.packed[:n_rows]) for L, table in tables}
         return part
+
+
+class SteeringBuffers:
+    """The edits of a batch from step to step: `seam` is what a decoder takes as `steer`.
+
+    fixed: in tables that keep their places, as captured steps read them. `size` says which of
+    several; it grows with the edits of a row at one layer, at most, and with the directions.
+    """
+
+    def __init__(self, like: Tensor, n_layers: int, n_rows: int, fixed: bool):
+        self.like, self.n_layers, self.n_rows, self.fixed = like, n_layers, n_rows, fixed
+        self.stacks: dict[tuple[int, int], FixedSteering] = {}
+        self.seam: Seam = unsteered
+        self.size, self.signature, self.edits = (0, 0), None, None
+
+    def copy_(self, edits: Rows, anew: bool = False) -> None:
+        """Take other edits, a list for each of the first rows; those that are the same stay."""
+        new = signature(edits)
+        if anew or new != self.signature:
+            self.signature = None  # until they have arrived
+            self.seam, self.size = self._take(edits)
+            self.edits, self.signature = edits, new  # which speaks of memory that the edits keep
+
+    def _take(self, edits: Rows) -> tuple[Seam, tuple[int, int]]:
+        if not self.fixed or not any(edits):
+            return seam(edits, self.like), (0, 0)
+        directions = {direction_key(edit.direction) for row in distinct(edits) for edit in row}
+        size = rounded(max(depth(edits), EDITS)), rounded(max(len(directions), DIRECTIONS))
+        if size not in self.stacks:
+            self.stacks[size] = FixedSteering(self.like, self.n_layers, self.n_rows, *size)
+        self.stacks[size].copy_([*edits, *[[]] * (self.n_rows - len(edits))])
+        return self.stacks[size], size
+
+    def part(self, n_rows: int) -> Seam:
+        """The seam for the first rows alone."""
+        return self.seam.part(n_rows) if isinstance(self.seam, FixedSteering) else self.seam
+
+
+def rounded(n: int) -> int:
+    """Up to a power of two."""
+    return 1 << (n - 1).bit_length()
 
 
 def direction_key(direction: Tensor) -> tuple:
@@ -230,21 +268,3 @@ def depth(rows: Sequence[Sequence[Edit]]) -> int:
 def seam(rows: Sequence[Sequence[Edit]], like: Tensor) -> Seam:
     """One list of edits a row -> what a decoder of like's type and device takes as `steer`."""
     return Steering(rows, like) if any(rows) else unsteered
-
-
-class Explaining(Steering):
-    """Steering that keeps how far each edit moved each position."""
-
-    def __init__(self, rows: Sequence[Sequence[Edit]], like: Tensor):
-        super().__init__(rows, like)
-        self.d: dict[int, list[Tensor]] = {layer: [] for layer in self.tables}  # (B, T, K) each
-
-    def __call__(
-        self, x: Tensor, delta: Tensor, norms: Norms, layer: int, position: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if layer in self.tables:
-            table = self.tables[layer]
-            u = kernels.steering.directions_of(self.bank, table)
-            h = (x + norms.post(delta)).float()
-            self.d[layer].append(kernels.steering.moves_of(h, u, table, position))
-        return super().__call__(x, delta, norms, layer, position)

@@ -5,8 +5,11 @@ A list of edits is what `steer=` takes. Layer L is the residual stream after blo
 """
 
 import numbers
+import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from tinysteer_kernels import Move
@@ -15,8 +18,10 @@ from torch import Tensor
 
 # Half-open windows of positions. Generation begins at the last prompt token, position 0, because
 # that is the one that produces the first new token.
-WINDOWS = {"all": (None, None), "prompt": (None, 0), "generation": (0, None)}
+WINDOWS = {"all": (None, None), "prompt": (None, 0), "last": (0, 1), "generation": (0, None)}
 Where = str | tuple[int | None, int | None]
+NUMBERS = "times, weight, alpha and target"
+FAINT = 0.1  # of a vector's norm: an addition of less is hardly meant
 
 
 class Origin(NamedTuple):
@@ -49,7 +54,7 @@ class Edit:
         largest = torch.finfo(torch.float32).max
         for value in (self.move.bias, self.move.slope):
             if not abs(value) <= largest:
-                raise ValueError(f"weight, alpha and target must be finite numbers, not {value!r}")
+                raise ValueError(f"{NUMBERS} must be finite numbers, not {value!r}")
         if not self.direction.isfinite().all():
             raise ValueError("the direction has NaN or infinite values")
 
@@ -69,7 +74,7 @@ class Edit:
 
 
 def window(where: Where) -> dict[str, int]:
-    """ "all", "prompt", "generation" or (first, stop) -> an edit's `first` and `last`."""
+    """A key of WINDOWS, or (first, stop) -> an edit's `first` and `last`."""
     bounds = WINDOWS.get(where) if isinstance(where, str) else where
     whole = isinstance(bounds, tuple | list) and all(
         b is None or (isinstance(b, numbers.Integral) and not isinstance(b, bool)) for b in bounds
@@ -89,7 +94,7 @@ def window(where: Where) -> dict[str, int]:
 
 
 def parse_window(text: str) -> Where:
-    """ "all", "prompt", "generation" or "FIRST,STOP", where either may be left out.
+    """A key of WINDOWS, or "FIRST,STOP", where either may be left out.
 
     ValueError for any other text.
     """
@@ -105,22 +110,88 @@ def parse_window(text: str) -> Where:
 
 
 def number(value: float) -> float:
-    """A weight, alpha or target as a float. ValueError for what is none."""
+    """A number of an edit as a float. ValueError for what is not one."""
     try:
         if not isinstance(value, str):
             return float(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"weight, alpha and target must be finite numbers, not {value!r:.40}")
+    raise ValueError(f"{NUMBERS} must be finite numbers, not {value!r:.40}")
+
+
+def levels_up() -> int:
+    """How far above the caller the first frame lies that is neither ours nor torch's."""
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("tinysteer", "torch"):
+        frame, levels = frame.f_back, levels + 1
+    return levels
+
+
+Made = TypeVar("Made")  # what a verb gives: an edit, or one for each of several layers
+
+
+class Verbs(Generic[Made]):
+    """What makes edits. `where` says at which positions they act: "all" (as in the paper),
+    "prompt" (before the last prompt token), "last" (that token alone), "generation" (from it on)
+    or (first, stop), counted from it.
+    """
+
+    def add(
+        self,
+        *bare: NoReturn,
+        times: float | None = None,
+        weight: float | None = None,
+        where: Where = "all",
+    ) -> Made:
+        """h + weight u; or `times` the vector's own norm, by default once (paper, section 2: c u).
+
+        TypeError for a bare number, ValueError for both. A warning for a weight under a tenth of
+        the norm, which hardly moves a state.
+        """
+        if bare:
+            raise TypeError(
+                "add takes no bare number: times=1.5 counts the vector's own norm, weight=20.0 "
+                "the unit direction"
+            )
+        if times is not None and weight is not None:
+            raise ValueError("add takes times or weight, not both")
+        if weight is None:
+            times = 1.0 if times is None else number(times)
+            return self._each(lambda v: v._edit(where, bias=times * v.norm))
+        weight = number(weight)
+        return self._each(lambda v: v._weighted(weight, where))
+
+    def to_target(
+        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
+    ) -> Made:
+        """Set the projection to `target`, or go `alpha` of the way (paper: adjust_rs)."""
+        return self._each(lambda v: v._towards(alpha, target, where))
+
+    def at_least(
+        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
+    ) -> Made:
+        """As `to_target`, but only ever upwards."""
+        return self._each(lambda v: v._towards(alpha, target, where, low=0.0))
+
+    def at_most(
+        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
+    ) -> Made:
+        """As `to_target`, but only ever downwards."""
+        return self._each(lambda v: v._towards(alpha, target, where, high=0.0))
+
+    def ablate(self, *, where: Where = "all") -> Made:
+        """Remove the direction: the projection becomes 0."""
+        return self._each(lambda v: v._edit(where, slope=1.0))
+
+    def _each(self, make: "Callable[[Direction], Edit]") -> Made:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class Direction:
+class Direction(Verbs[Edit]):
     """A steering vector at one layer: a unit direction and what was measured along it.
 
-    Weights and targets are in units of the unit direction, so `add(v.norm)` adds the mean
-    difference itself. `where` says at which positions an edit acts: "all" (as in the paper),
-    "prompt" (before the last prompt token), "generation" (from it on) or (first, stop).
+    Weights and targets are in units of the unit direction.
     """
 
     layer: int
@@ -130,31 +201,17 @@ class Direction:
     baseline: float  # and of those without it
     origin: Origin | None = field(default=None, repr=False)
 
-    def add(self, weight: float | None = None, *, where: Where = "all") -> Edit:
-        """h + weight u. Default: the difference's own norm (paper, section 2: c u)."""
-        return self._edit(where, bias=self.norm if weight is None else number(weight))
+    def _each(self, make: "Callable[[Direction], Edit]") -> Edit:
+        return make(self)
 
-    def to_target(
-        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
-    ) -> Edit:
-        """Set the projection to `target`, or go `alpha` of the way (paper: adjust_rs)."""
-        return self._towards(alpha, target, where)
-
-    def at_least(
-        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
-    ) -> Edit:
-        """As `to_target`, but only ever upwards."""
-        return self._towards(alpha, target, where, low=0.0)
-
-    def at_most(
-        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
-    ) -> Edit:
-        """As `to_target`, but only ever downwards."""
-        return self._towards(alpha, target, where, high=0.0)
-
-    def ablate(self, *, where: Where = "all") -> Edit:
-        """Remove the direction: the projection becomes 0."""
-        return self._edit(where, slope=1.0)
+    def _weighted(self, weight: float, where: Where) -> Edit:
+        if 0 < abs(weight) < FAINT * self.norm:
+            warnings.warn(
+                f"a weight under a tenth of the vector's norm, {self.norm:.3g} at layer "
+                f"{self.layer}, hardly moves a state: times=1 adds that norm",
+                stacklevel=levels_up(),
+            )
+        return self._edit(where, bias=weight)
 
     def _towards(self, alpha: float, target: float | None, where: Where, **clip: float) -> Edit:
         alpha, target = number(alpha), self.target if target is None else number(target)
@@ -162,3 +219,10 @@ class Direction:
 
     def _edit(self, where: Where, **move: float) -> Edit:
         return Edit(self.layer, self.direction, Move(**move, **window(where)), self.origin)
+
+
+class Directions(tuple[Direction, ...], Verbs[list[Edit]]):
+    """Those of several layers: a verb makes a list of edits, one at each."""
+
+    def _each(self, make: Callable[[Direction], Edit]) -> list[Edit]:
+        return [make(direction) for direction in self]

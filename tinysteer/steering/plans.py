@@ -1,12 +1,13 @@
 """Plans: edits written down in JSON, for the command line and for programs alike.
 
     {"edits": [{"vector": "json.safetensors", "layer": 3, "verb": "to_target"},
-               {"vector": "brief.safetensors", "layer": 2, "verb": "add", "weight": 4.0,
+               {"vector": "brief.safetensors", "layers": [2, 4], "verb": "add", "times": 1.5,
                 "where": [0, 64]}]}
 
-`vector` is a file, entries from the plan's folder; `layer` and `verb` say which edit; `weight` is
-for add, `alpha` and `target` for to_target, at_least and at_most; `where` is one of edits.WINDOWS
-or [first, stop]. What is left out has the verb's default.
+`vector` is a file, entries from the plan's folder; `layer`, or `layers` from the first to the last,
+and `verb` say which edits; `times` or `weight` is for add, `alpha` and `target` for to_target,
+at_least and at_most; `where` is one of edits.WINDOWS or [first, stop]. What is left out has the
+verb's default.
 """
 
 import json
@@ -23,14 +24,14 @@ from tinysteer.steering.vectors import SteeringVector
 
 TARGETS = ("alpha", "target")
 VERBS = {  # the numbers each may be given
-    "add": ("weight",),
+    "add": ("times", "weight"),
     "to_target": TARGETS,
     "at_least": TARGETS,
     "at_most": TARGETS,
     "ablate": (),
 }
 NEEDED = ("vector", "layer", "verb")
-KEYS = {*NEEDED, "where", *(key for keys in VERBS.values() for key in keys)}
+KEYS = {*NEEDED, "layers", "where", *(key for keys in VERBS.values() for key in keys)}
 FORM = '{"edits": [...]}'
 
 
@@ -81,20 +82,33 @@ def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
         try:
             if file not in vectors:
                 vectors[file] = SteeringVector.load(folder / file)
-            direction = vectors[file].at(entry["layer"])
+            key = "layers" if "layers" in entry else "layer"
+            layers = vectors[file].at(span(*entry[key]) if key == "layers" else [entry[key]])
         except (ValueError, FileNotFoundError) as error:
-            key = "layer" if file in vectors else "vector"
+            key = key if file in vectors else "vector"
             raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None
         numbers = {key: entry[key] for key in VERBS[entry["verb"]] if key in entry}
-        move = getattr(direction, entry["verb"])
-        edits.append(move(**numbers, where=entry.get("where", "all")))
+        edits += getattr(layers, entry["verb"])(**numbers, where=entry.get("where", "all"))
     return edits
+
+
+def span(first: int, last: int) -> range:
+    """The layers from the first to the last, both included. ValueError where there are none."""
+    if not 0 <= first <= last:
+        raise ValueError(f"[{first}, {last}] are not a first layer and a last one, counted from 0")
+    return range(first, last + 1)
 
 
 def check_entry(entry: Any, name: str) -> None:
     """ValueError naming the key that is missing, unknown or of the wrong type."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{name} is {entry!r:.40}, not an object with {', '.join(NEEDED)}")
+    if "layers" in entry:
+        if "layer" in entry:
+            raise ValueError(f"{name} has a layer and layers: give one of them")
+        entry = {"layer": 0, **entry}  # which it need not say
+    if "times" in entry and "weight" in entry:
+        raise ValueError(f"{name} has times and weight: give one of them")
     for key in NEEDED:
         if key not in entry:
             strange = [f"; {other!r} is no key" for other in entry if other not in KEYS]
@@ -105,6 +119,7 @@ def check_entry(entry: Any, name: str) -> None:
     kinds = {  # what a value must be, and whether it is
         "vector": ("a file's name", lambda v: isinstance(v, str | Path) and str(v)),
         "layer": ("a whole number", lambda v: is_number(v, Integral)),
+        "layers": ("[first, last], whole numbers", is_pair),
         "verb": ("a verb", lambda v: True),
         "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", window),
         **dict.fromkeys(VERBS[verb], ("a finite number", is_number)),
@@ -117,6 +132,11 @@ def check_entry(entry: Any, name: str) -> None:
             if fits(value):
                 continue
         raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
+
+
+def is_pair(value: Any) -> bool:
+    whole = isinstance(value, Sequence) and all(is_number(v, Integral) for v in value)
+    return whole and len(value) == 2
 
 
 def is_number(value: Any, kind: type = Real) -> bool:

@@ -3,22 +3,24 @@
 `vector.at(L)` picks a layer's direction, whose verbs make edits.
 """
 
-import json
 import numbers
 import operator
-import struct
 import tempfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinysteer.loading.hub import pull, push
 from tinysteer.steering import hub_card
-from tinysteer.steering.edits import Direction, Origin
+from tinysteer.steering.edits import Direction, Directions, Origin
+from tinysteer.text.files import read_tensors, write_tensors
+from tinysteer.text.tokenizer import Prompt
 
 TENSORS = ("directions", "norms", "targets", "baselines")
 HUB_FILE = "vector.safetensors"
@@ -59,15 +61,62 @@ class SteeringVector:
             raise ValueError("directions must have unit length: their own length goes into norms")
 
     @classmethod
-    def from_means(
+    def from_directions(
+        cls, directions: Mapping[int, Tensor], n_layers: int | None = None, *, name: str = ""
+    ) -> "SteeringVector":
+        """Directions from elsewhere, {layer: (D,)} of any length, which becomes the norm.
+
+        n_layers: the model's; default as many as are named. What states measure along them is not
+        known, so baselines are 0 and targets the norms: `measured_on` finds both. ValueError.
+        """
+        n_layers = n_layers or max(directions, default=-1) + 1
+        widths = {tuple(u.shape) for u in directions.values()}
+        if not directions or not all(0 <= layer < n_layers for layer in directions):
+            raise ValueError(f"layers {[*directions]}: name at least one of 0 to {n_layers - 1}")
+        if len(widths) > 1 or not all(len(shape) == 1 for shape in widths):
+            raise ValueError(f"directions must be (D,), all of one width, not {sorted(widths)}")
+        blank = torch.zeros(*widths.pop(), device="cpu")
+        rows = [directions.get(layer, blank).detach().cpu() for layer in range(n_layers)]
+        difference = torch.stack([row.double() for row in rows])
+        metadata = {"name": name} if name else {}
+        return cls._from_means(difference, torch.zeros_like(difference), metadata)
+
+    def measured_on(
+        self, model: Any, prompts: Sequence[Prompt], without: Sequence[Prompt], *, chat: bool = True
+    ) -> "SteeringVector":
+        """The same directions and norms, with targets and baselines: what the last tokens of
+        prompts with the instruction, and of those without it, have along them (paper, section 2).
+
+        model: a `LanguageModel`, whose number of layers the result has. ValueError for no prompts
+        and where the widths differ.
+        """
+        means = []
+        for side in (prompts, without):
+            if isinstance(side, str) or not side:
+                raise ValueError("measured_on takes two lists of at least one prompt")
+            ids = (torch.tensor([model.tokenizer.ids(prompt, chat)]) for prompt in side)
+            states = [model.residuals(row)[:, 0, -1].double().cpu() for row in ids]
+            means.append(sum(states) / len(states))
+        (n_layers, D), more = means[0].shape, len(means[0]) - self.n_layers
+        if self.dim != D or more < 0:
+            shape = f"{self.n_layers} layers of width {self.dim}"
+            raise ValueError(f"the vector has {shape}, the model {n_layers} of width {D}")
+        u = F.pad(self.directions.double(), (0, 0, 0, more))
+        measured = ((mean * u).sum(-1) for mean in means)
+        tensors = (u, F.pad(self.norms, (0, more)), *measured)
+        about = self.metadata | {"model": model.name, "revision": model.revision}
+        return SteeringVector(*(tensor.float() for tensor in tensors), about)
+
+    @classmethod
+    def _from_means(
         cls, with_instruction: Tensor, without: Tensor, metadata: dict[str, str] | None = None
     ) -> "SteeringVector":
         """Mean states with and without the instruction, each (n_layers, D) (paper, section 2)."""
         difference = with_instruction.double() - without.double()
-        return cls.along(difference, with_instruction, without, metadata)
+        return cls._along(difference, with_instruction, without, metadata)
 
     @classmethod
-    def along(
+    def _along(
         cls,
         directions: Tensor,
         with_instruction: Tensor,
@@ -123,6 +172,9 @@ class SteeringVector:
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         return combine(self, other, 1.0) if isinstance(other, SteeringVector) else NotImplemented
 
+    def __radd__(self, zero: int) -> "SteeringVector":
+        return self if zero == 0 else NotImplemented  # what `sum` begins with
+
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
         return combine(self, other, -1.0) if isinstance(other, SteeringVector) else NotImplemented
 
@@ -131,7 +183,7 @@ class SteeringVector:
             return NotImplemented
         factor = float(factor)
         about = self.metadata | {"formula": f"{factor:g} {term(self)}"}
-        return self._along(factor * self.difference, factor * self.moment, about)
+        return self._scaled(factor * self.difference, factor * self.moment, about)
 
     __rmul__ = __mul__
 
@@ -140,7 +192,7 @@ class SteeringVector:
 
     def __neg__(self) -> "SteeringVector":
         about = self.metadata | {"formula": f"-{term(self)}"}
-        return self._along(-self.difference, -self.moment, about)
+        return self._scaled(-self.difference, -self.moment, about)
 
     @property
     def difference(self) -> Tensor:
@@ -152,7 +204,7 @@ class SteeringVector:
         """Projection of the states without the instruction on `difference`: linear in it."""
         return self.norms.double() * self.baselines.double()
 
-    def _along(self, difference: Tensor, moment: Tensor, about: dict) -> "SteeringVector":
+    def _scaled(self, difference: Tensor, moment: Tensor, about: dict) -> "SteeringVector":
         norms = difference.norm(dim=-1)
         baselines = torch.where(norms > 0, moment / norms, 0.0)
         tensors = (unit(difference), norms, baselines + norms, baselines)
@@ -176,8 +228,18 @@ class SteeringVector:
         about["formula"] = f"random direction {seed} like {term(self)}"
         return SteeringVector(directions, self.norms, baselines + self.norms, baselines, about)
 
-    def at(self, layer: int) -> Direction:
-        """The direction of one layer; negative layers count from the last."""
+    @overload
+    def at(self, layer: int) -> Direction: ...
+    @overload
+    def at(self, layer: Sequence[int]) -> Directions: ...
+    def at(self, layer: int | Sequence[int]) -> Direction | Directions:
+        """The direction of one layer, or those of several, as in at(range(10, 21)), whose verbs
+        make one edit a layer. Negative layers count from the last. ValueError.
+        """
+        if isinstance(layer, Sequence):
+            if not layer:
+                raise ValueError("at takes a layer, or several: there are none")
+            return Directions(self.at(one) for one in layer)
         layer = operator.index(layer)
         if not -self.n_layers <= layer < self.n_layers:
             raise ValueError(f"layer {layer}: this vector has layers 0 to {self.n_layers - 1}")
@@ -191,41 +253,20 @@ class SteeringVector:
         return Direction(layer, self.directions[layer], *numbers, self.origin)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the four tensors, and the metadata as strings.
-
-        Written here, since the library's own writer wants numpy, which nothing else here needs:
-        the header's length, the header in JSON, the numbers.
-        """
-        if not (folder := Path(path).absolute().parent).is_dir():
-            raise FileNotFoundError(f"there is no folder {folder} to save into")
+        """Write a safetensors file: the four tensors, and the metadata as strings."""
+        tensors = {name: getattr(self, name) for name in TENSORS}
         about = {**self.metadata, "format": FORMAT, "layers": CONVENTION}
-        # As UTF-8 can hold them: names of files may have other bytes in them.
-        about = {key: str(text).encode(errors="replace").decode() for key, text in about.items()}
-        header = {"__metadata__": about}
-        data = b""
-        for name in TENSORS:
-            values = getattr(self, name).flatten().tolist()
-            begin, data = len(data), data + struct.pack(f"<{len(values)}f", *values)
-            shape = list(getattr(self, name).shape)
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(data)]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+        write_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
         """Read what `save` wrote. FileNotFoundError, or ValueError for any other content."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no steering vector file {path}")
+        tensors, metadata = read_tensors(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.pop("format", None) != FORMAT:
-                    raise ValueError(f"it is no tinysteer vector (no format {FORMAT})")
-                metadata.pop("layers", None)
-                return cls(*(file.get_tensor(name).float() for name in TENSORS), metadata)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+            if metadata.pop("format", None) != FORMAT or not tensors.keys() >= {*TENSORS}:
+                raise ValueError(f"it is not a tinysteer vector (no format {FORMAT})")
+            metadata.pop("layers", None)
+            return cls(*(tensors[name].float() for name in TENSORS), metadata)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -277,4 +318,4 @@ def combine(a: SteeringVector, b: SteeringVector, sign: float) -> SteeringVector
         if key in b.metadata
     }
     about["formula"] = f"{term(a)} {'+' if sign > 0 else '-'} {term(b)}"
-    return a._along(difference * left[:, None], a.moment + sign * b.moment, about)
+    return a._scaled(difference * left[:, None], a.moment + sign * b.moment, about)

@@ -1,9 +1,13 @@
-"""JSON in files, one object or one a line. Errors name file and line."""
+"""What lies in files: JSON, one object or one a line, and tensors. Errors name file and line."""
 
 import json
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,3 +45,39 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ValueError(f"{name}: a JSON {type(row).__name__}, not an object")
         yield name, row
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write a safetensors file, all in float32. FileNotFoundError where there is no folder.
+
+    Written here, since the library's own writer wants numpy, which nothing else here needs: the
+    header's length, the header in JSON, the numbers.
+    """
+    if not (folder := Path(path).absolute().parent).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to save into")
+    # As UTF-8 can hold them: names of files may have other bytes in them.
+    texts = {key: str(text).encode(errors="replace").decode() for key, text in metadata.items()}
+    header: dict[str, Any] = {"__metadata__": texts}
+    data = b""
+    for name, tensor in tensors.items():
+        values = tensor.flatten().tolist()
+        begin, data = len(data), data + struct.pack(f"<{len(values)}f", *values)
+        offsets = [begin, len(data)]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file -> its tensors, and its metadata. FileNotFoundError, ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no steering vector file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or is not a safetensors file: {error}") from None

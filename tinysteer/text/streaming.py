@@ -1,8 +1,19 @@
 """Pieces of text from token ids as they come: never half a character, never past a stop."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 HALF = "\ufffd"  # what a decoder shows for bytes that are no character (yet)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one prompt."""
+
+    text: str  # without the prompt, special tokens and what stopped it
+    tokens: list[int]  # all that were chosen; one that stopped the text is the last of them
+    logprobs: list[float]  # of each, by the model as it is steered, before any temperature
+    reason: str  # why it ended: "stop" (such a token), "length" (the limit) or "stop string"
 
 
 class TextStream:
@@ -20,36 +31,55 @@ class TextStream:
         stop: Sequence[str] = (),
     ):
         self.decode, self.limit, self.stop_ids, self.stop = decode, limit, stop_ids, stop
-        self.ids: list[int] = []
-        self.shown, self.read = 0, 0  # ids whose text is out; ids that give context to the next
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""  # what is out
+        self.shown, self.read = 0, 0  # tokens whose text is out; those that give the next context
         self.held = ""  # text that may be the beginning of a stop string
-        self.done = limit == 0
+        self.reason = "length" if limit == 0 else ""
 
-    def push(self, token: int) -> str:
+    @property
+    def done(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens, without one that stopped the text."""
+        return self.tokens[:-1] if self.reason == "stop" else self.tokens
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.text, self.tokens, self.logprobs, self.reason)
+
+    def push(self, token: int, logprob: float = 0.0) -> str:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
         if token in self.stop_ids:
-            self.done = True
-        else:
-            self.ids.append(token)
-            self.done = len(self.ids) == self.limit
+            self.reason = "stop"
+        elif len(self.tokens) == self.limit:
+            self.reason = "length"
         self.held += self._decode_new()
-        return self._release()
+        piece = self._release()
+        self.text += piece
+        return piece
 
     def _decode_new(self) -> str:
         """Text of the ids not shown yet, in the context of those before; all of it at the end."""
-        before = self.decode(self.ids[self.read : self.shown])
-        after = self.decode(self.ids[self.read :])
+        ids = self.ids
+        before = self.decode(ids[self.read : self.shown])
+        after = self.decode(ids[self.read :])
         if after.endswith(HALF) and not self.done:
             return ""
         piece = after[len(before) :]
         if piece:  # ids without text of their own, such as special tokens, give no context
             self.read = self.shown
-        self.shown = len(self.ids)
+        self.shown = len(ids)
         return piece
 
     def _release(self) -> str:
         found = [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]
         if found:  # several: the first to be complete, as if the text had come by characters
-            self.done = True
+            self.reason = "stop string"
             text, self.held = self.held[: min(found)[1]], ""
             return text
         keep = 0 if self.done else max((overlap(self.held, s) for s in self.stop), default=0)

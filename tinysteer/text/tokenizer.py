@@ -1,6 +1,7 @@
 """Text to token ids and back: tokenizer.json, the model's chat template, stop ids, padding."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import tokenizers
@@ -95,6 +96,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self.vocabulary.decode(list(ids), skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as it reads behind the one before it, special ones by name, escaped."""
+        pieces, show = [], partial(self.vocabulary.decode, skip_special_tokens=False)
+        for i in range(len(ids)):
+            before = show(list(ids[max(i - 1, 0) : i]))
+            text = show(list(ids[max(i - 1, 0) : i + 1]))[len(before) :]
+            pieces.append(repr(text)[1:-1] or f"<{ids[i]}>")
+        return pieces
 
     def format(self, prompt: Prompt) -> str:
         """A prompt as the model wants it: its chat template, or "Q: ...\\nA:" without one."""
