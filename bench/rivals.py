@@ -81,9 +81,9 @@ class OneLayer(NamedTuple):
         return self.k, self.v
 
 
-def block_and_edits(block, x, y, view, cache, norm, w=None, V=None) -> tuple[Tensor, Tensor]:
+def block_and_edits(block, x, h, view, cache, norm, w=None, V=None) -> tuple[Tensor, Tensor]:
     """One block and what follows it, for a compiler. w (K,) targets along V (K, D), or None."""
-    x, delta = block(x, y, view, cache)
+    x, delta = block(x, h, view, cache)
     h = x + block.mlp_post_norm(delta)
     h = h if w is None else to_targets(h, w, V)
     return h, norm(h)

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinysteer.decoding.generation import tokens_of
 from tinysteer.decoding.pool import DecodingPool
-from tinysteer.decoding.step import BROKEN, Capture, Decoding
+from tinysteer.decoding.step import BROKEN, Batch, Capture, Decoding, Means, decode_tokens
 from tinysteer.model.config import Config
 from tinysteer.model.decoder import Decoder
+from tinysteer.steering.batch import SteeringBuffers
 from tinysteer.steering.edits import Direction, Edit
 
 STEPS = 8  # of a replay, at most: as many as last REPLAY
@@ -84,9 +84,9 @@ def every(K: int, verb: str, own: bool = False) -> Way:
 
 def placed(decoder: Decoder, B: int, context: int, capture: Capture) -> Decoding:
     """A step whose B rows are never done, with `context` columns of random keys and values."""
-    step = Decoding(decoder, B, context, capture)
+    step = Decoding(decoder, B, context, Means(capture))
     start = torch.zeros(B, dtype=torch.long)
-    step.begin(random_prompts(decoder.config, B, 1), start, [context - 1] * B)
+    step.begin(Batch(random_prompts(decoder.config, B, 1), start, [context - 1] * B))
     step.left.fill_(1 << 60)
     for kept in (*step.cache.k, *step.cache.v):
         kept.normal_()
@@ -103,7 +103,9 @@ class Replay:
     def __init__(self, step: Decoding, edits: list[list[Edit]]):
         self.step, self.n_calls = copy.copy(step), 1
         self.first = random_prompts(step.decoder.config, step.rows, 1).to(step.device)
-        self.step.steering, self.step.graphs, self.step.edits = {}, {}, None
+        sizes = step.decoder.config.n_layers, step.rows
+        self.step.steering = SteeringBuffers(step.decoder.embed.weight, *sizes, fixed=True)
+        self.step.graphs = {}
         begin = time.perf_counter()
         self.step.steer(edits)
         self.chosen()
@@ -121,7 +123,7 @@ class Replay:
     def state(self) -> Tensor:
         """What the head would read after one step without a graph, (B, D)."""
         self.reset()
-        return self.step.decoder(self.step.tokens, self.step.cache, self.step.seam)[:, 0]
+        return self.step.decoder(self.step.tokens, self.step.cache, self.step.steering.seam)[:, 0]
 
     def chosen(self) -> Tensor:
         """What one replayed step chooses, (B,)."""
@@ -202,8 +204,8 @@ def run(
     begin = time.perf_counter()
     with pool.take(B, T + n_tokens, graph) as step:
         start = torch.zeros(B, dtype=torch.long)
-        step.begin(prompts, start, [n_tokens] * B, frozenset(), edits)
-        for tokens in tokens_of(step, n_tokens, lambda n: edits):
+        batch = Batch(prompts, start, [n_tokens] * B)
+        for tokens, _ in decode_tokens(step, batch, lambda n: edits):
             chosen.append(tokens)
             if len(chosen) == 1:
                 first = time.perf_counter() - begin

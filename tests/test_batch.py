@@ -8,7 +8,7 @@ from oracle import greedy_ids, hooked, vector_for
 
 import tinysteer as ts
 from tinysteer.steering import batch
-from tinysteer.steering.batch import SteeringBuffers, per_row, signature
+from tinysteer.steering.batch import FixedSteering, per_row, signature
 from tinysteer.steering.edits import window
 
 T = 12
@@ -174,9 +174,10 @@ def test_verbs_do_to_the_projection_what_they_say(model, vector):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, "9", "generation", [1], 10**400])
 def test_a_weight_that_is_not_finite_is_refused(vector, number):
-    for verb in (vector.at(1).add, vector.at(1).to_target):
+    v = vector.at(1)
+    for verb, name in ((v.add, "weight"), (v.add, "times"), (v.to_target, "alpha")):
         with pytest.raises(ValueError, match="must be finite"):
-            verb(number)
+            verb(**{name: number})
     with pytest.raises(ValueError, match="must be finite"):
         vector.at(1).at_least(target=number)
 
@@ -240,7 +241,7 @@ def test_an_edit_says_what_it_does(vector):
 def test_buffers_that_were_broken_off_know_nothing(vector, monkeypatch):
     v = vector
     rows = [[v.at(1).add()]]
-    buffers = SteeringBuffers(torch.zeros(4, v.dim), v.n_layers, 1, 4, 8)
+    buffers = FixedSteering(torch.zeros(4, v.dim), v.n_layers, 1, 4, 8)
     with monkeypatch.context() as patch:
         patch.setattr(batch, "stacked", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -81,10 +81,10 @@ def test_every_option_of_generation_arrives(folder, capsys):
     options = {"temperature": 2, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 3}
     model = ts.load(folder)
     everything = {**options, "stop": "x", "chat": False, "max_new_tokens": 20}
-    expected = model.complete("hello", **everything)[0]
+    expected = model.complete("hello", **everything)
     assert capsys.readouterr().out == expected + "\n"
     for name, other in {"seed": 4, "top_k": 1, "temperature": 0.01, "chat": True}.items():
-        assert model.complete("hello", **everything | {name: other})[0] != expected
+        assert model.complete("hello", **everything | {name: other}) != expected
 
 
 def test_importing_brings_neither_transformers_nor_the_hub():

@@ -13,9 +13,9 @@ from tinysteer_kernels.decode import attention, gating, use_kernels
 from tinysteer_kernels.devices import HAS_TRITON
 
 import tinysteer as ts
-from tinysteer.decoding import generation, pool
+from tinysteer.decoding import pool
 from tinysteer.decoding.pool import DecodingPool, rounded_rows
-from tinysteer.decoding.step import BROKEN, NOTHING, Decoding
+from tinysteer.decoding.step import BROKEN, NOTHING, Batch, Decoding, Means, decode_tokens
 from tinysteer.model.cache import Cache
 from tinysteer.model.decoder import Decoder
 from tinysteer.steering import batch
@@ -111,12 +111,12 @@ def test_stop_ids_end_rows_on_the_device_and_in_the_text_alike(taped):
 def test_a_row_that_is_done_is_padding_from_then_on(model):
     step = Decoding(model.decoder, 3, 40)
     tokens, start = torch.randint(3, 200, (3, 6)), torch.tensor([0, 2, 5])
-    step.begin(tokens, start, [1, 3, 4], edits=[[], [], []])
-    seen, read = [], [step.read()()]
+    step.begin(Batch(tokens, start, [1, 3, 4]), [[], [], []])
+    seen, read = [], [step.read()()[0]]
     for _ in range(3):
         seen.append(step.cache.start.clone())
         step()
-        read.append(step.read()())
+        read.append(step.read()()[0])
     ids = torch.tensor(read).T
     assert (ids >= 0).tolist() == [[n < limit for n in range(4)] for limit in (1, 3, 4)]
     assert (ids[ids < 0] == NOTHING).all()
@@ -128,10 +128,10 @@ def test_a_row_that_is_done_is_padding_from_then_on(model):
 
 def test_a_row_ended_by_the_host_stops_on_the_device(model):
     step = Decoding(model.decoder, 2, 40)
-    step.begin(torch.randint(3, 200, (2, 6)), torch.tensor([0, 2]), [9, 9], edits=[[], []])
+    step.begin(Batch(torch.randint(3, 200, (2, 6)), torch.tensor([0, 2]), [9, 9]), [[], []])
     step.end(1)
     step()
-    assert [token >= 0 for token in step.read()()] == [True, False]
+    assert [token >= 0 for token in step.read()()[0]] == [True, False]
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
@@ -139,12 +139,7 @@ def test_reading_late_changes_no_text(model, monkeypatch, lag):
     text, steer = complete(model, stop="a"), mixed(model)
     steered = complete(model, steer, stop="a")
 
-    class Late(Decoding):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            self.lag = lag
-
-    monkeypatch.setattr(pool, "Decoding", Late)
+    monkeypatch.setattr(Decoding, "lag", lag)
     assert complete(model, stop="a") == text
     assert complete(model, steer, stop="a") == steered
 
@@ -152,6 +147,9 @@ def test_reading_late_changes_no_text(model, monkeypatch, lag):
 def test_with_a_lag_a_step_is_under_way_before_the_token_it_reads_is_read():
     class Told:
         lag, events = 1, ()
+
+        def begin(self, batch, edits, kernels):
+            pass
 
         def __call__(self):
             self.events += ("step",)
@@ -164,7 +162,8 @@ def test_with_a_lag_a_step_is_under_way_before_the_token_it_reads_is_read():
             return lambda: setattr(self, "events", (*self.events, f"read {n}"))
 
     told = Told()
-    assert len(list(generation.tokens_of(told, 3, lambda n: n))) == 3
+    batch = Batch(None, None, [2, 3])
+    assert len(list(decode_tokens(told, batch, lambda n: n))) == 3
     first, second = ("edits 1", "step"), ("edits 2", "step")
     assert told.events == (*first, "read 0", *second, "read 1", "read 2")
 
@@ -243,7 +242,7 @@ def test_streams_may_be_interleaved(taped):
     a, b, _ = vectors(taped)
     ways = [([a.at(1).add(weight=6.0)], PROMPTS[0]), ([b.at(2).add(weight=6.0)], PROMPTS[1])]
     options = {"chat": False, "max_new_tokens": 10}
-    alone = [taped.complete(prompt, steer, graph=False, **options)[0] for steer, prompt in ways]
+    alone = [taped.complete(prompt, steer, graph=False, **options) for steer, prompt in ways]
     streams = [taped.stream(prompt, steer, **options) for steer, prompt in ways]
     texts = ["", ""]
     for _ in range(12):
@@ -313,7 +312,7 @@ def test_it_does_not_matter_how_often_a_direction_is_written(taped):
     """`at` makes a new view each time; the bank holds its memory once."""
     (v, *_), layers = vectors(taped), range(4)
     complete(taped, [[v.at(L).add(weight=1.0) for L in layers for _ in range(4)] for _ in PROMPTS])
-    assert list(taped.pool.free[0].steering) == [(4, 64)]
+    assert list(taped.pool.free[0].steering.stacks) == [(4, 64)]
     rows = [[v.at(L).add(weight=1.0) for L in layers] for _ in range(50)]
     assert len(batch.Steering(rows, torch.zeros(0)).bank) == 4
 
@@ -373,27 +372,28 @@ def test_without_memory_for_another_step_the_waiting_ones_go(taped, monkeypatch)
 
 
 def test_stops_limits_and_spare_rows_are_told_on_the_device(taped):
-    step = Decoding(taped.decoder, 4, 64, capture=Tape)
+    step = Decoding(taped.decoder, 4, 64, Means(Tape))
     tokens, start = torch.randint(3, 200, (2, 6)), torch.tensor([0, 2])
-    step.begin(tokens, start, [9, 9], edits=[[], []])
+    step.begin(Batch(tokens, start, [9, 9]), [[], []])
     assert step.left.tolist() == [8, 8, 0, 0]
     assert step.cache.start.tolist() == [0, 2, 64, 64]
-    first, second = step.read()()
+    first, second = step.read()()[0]
     stops = frozenset([second, 10**6])  # a tokenizer may have ids that the model has not
-    step.begin(tokens, start, [9, 9], stops, edits=[[], []])
+    step.begin(Batch(tokens, start, [9, 9], stops), [[], []])
     assert step.left.tolist() == [8 * (first != second), 0, 0, 0]
     step()
-    assert step.read()()[1] == NOTHING
+    assert step.read()()[0][1] == NOTHING
 
 
 def test_a_row_that_broke_says_so_once_and_others_go_on(model):
     step = Decoding(model.decoder, 3, 64)
-    step.begin(torch.randint(3, 200, (3, 6)), torch.tensor([0, 0, 0]), [9, 1, 9], edits=[[]] * 3)
+    tokens = torch.randint(3, 200, (3, 6))
+    step.begin(Batch(tokens, torch.tensor([0, 0, 0]), [9, 1, 9]), [[]] * 3)
     step.cache.k[0, :2] = float("nan")  # of rows 0 and 1, which is done
     seen = []
     for _ in range(2):
         step()
-        seen.append(step.read()())
+        seen.append(step.read()()[0])
     assert [row[0] for row in seen] == [BROKEN, NOTHING]
     assert [row[1] for row in seen] == [NOTHING] * 2
     assert all(row[2] >= 0 for row in seen)
@@ -428,7 +428,8 @@ class Sizes(Calls):
 def test_a_step_allocates_nothing_that_grows(model):
     step = Decoding(model.decoder, 2, Cache.BLOCK)
     rows = mixed(model)[1:3]
-    step.begin(torch.randint(3, 200, (2, 6)), torch.tensor([0, 2]), [40, 40], edits=rows)
+    tokens = torch.randint(3, 200, (2, 6))
+    step.begin(Batch(tokens, torch.tensor([0, 2]), [40, 40]), rows)
     made = []
     for _ in range(30):
         with Sizes() as sizes:

@@ -104,7 +104,7 @@ def test_no_prompts_give_no_texts(model):
 
 
 def test_one_string_is_one_prompt(model):
-    assert complete(model, "short") == complete(model, ["short"])
+    assert [complete(model, "short")] == complete(model, ["short"])
 
 
 def test_the_context_cannot_be_exceeded_silently(model):
@@ -192,7 +192,9 @@ def test_a_conversation_cannot_go_without_its_template(model):
 
 
 def test_an_unknown_option_is_refused_by_name(model):
-    with pytest.raises(TypeError, match="max_tokens"):
+    with pytest.raises(
+        ValueError, match="max_tokens is not an option; did you mean max_new_tokens"
+    ):
         model.complete(["x"], max_tokens=5)
 
 

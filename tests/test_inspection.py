@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tinysteer as ts
 from tinysteer.decoding.sampling import Sampler
-from tinysteer.decoding.step import Decoding
+from tinysteer.decoding.step import Batch, Decoding, Means
 from tinysteer.inspection import footprint
 from tinysteer.model.decoder import Decoder
 
@@ -56,17 +56,17 @@ def test_memory_is_as_foretold(variant, checkpoint):
     made = []
 
     def decode():
-        made.append(step := Decoding(decoder, ROWS, COLUMNS, capture=Tape))
+        made.append(step := Decoding(decoder, ROWS, COLUMNS, Means(Tape)))
         tokens = torch.randint(3, 200, (ROWS, PROMPT))
         start = torch.zeros(ROWS, dtype=torch.long)
-        step.begin(tokens, start, [4] * ROWS, edits=edits, sampler=sampler)
+        step.begin(Batch(tokens, start, [4] * ROWS, sampler=sampler), edits)
 
     peak, step = peak_of(decode), made[0]
     assert expected.weights == sum(p.nbytes for p in decoder.parameters())
     tables = [table for pair in step.cache.tables.values() for table in pair]
     caches = (step.cache.k, step.cache.v, *(t for t in tables if len(t) == 1))
     assert expected.cache == pytest.approx(sum(t.nbytes for t in caches), rel=0.01)
-    (fixed,) = step.steering.values()
+    (fixed,) = step.steering.stacks.values()
     assert expected.edits == fixed.stack.packed.nbytes + fixed.bank.nbytes
     rest = expected.peak - expected.weights
     assert 0.8 * peak < rest < 1.5 * peak

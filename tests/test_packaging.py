@@ -115,6 +115,7 @@ def test_the_sdist_holds_the_tree_and_nothing_else(release, sources):
     }
     assert {name for name in names if name.startswith("kernels/")} == {
         *kernels,
+        "kernels/README.md",
         "kernels/metadata.json",
     }
     assert release[0].stat().st_size < 10_000_000

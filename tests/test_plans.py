@@ -63,7 +63,7 @@ def test_the_command_line_takes_a_plan(vectors, model, checkpoint, tmp_path, cap
     flags = ["--steer", str(plan), "--steer", spec, "--max-new-tokens", "9"]
     assert main(["generate", "-m", folder, "hello", *flags]) == 0
     edits = [vectors["a"].at(1).add(weight=40.0), vectors["b"].at(2).add(weight=9.0)]
-    expected = ts.load(folder).complete("hello", edits, max_new_tokens=9)[0]
+    expected = ts.load(folder).complete("hello", edits, max_new_tokens=9)
     assert capsys.readouterr().out == expected + "\n"
 
 

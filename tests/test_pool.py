@@ -170,7 +170,7 @@ def test_all_work_is_on_the_pools_stream_which_waits_and_is_waited_for(model, gp
             "memory on own 1",
             "caller's 1 waits for own 1",
         ]
-        begin = [torch.tensor([[5, 6, 7]]), torch.tensor([0]), [4], frozenset(), [[]]]
+        begin = [step.Batch(torch.tensor([[5, 6, 7]]), torch.tensor([0]), [4]), [[]]]
         assert logged(taken.begin, *begin) == ["prompts on own 1", "choice on own 1"]
         captured = ["choice on own 1", "capture in 1 on own 1", "choice on own 1"]
         assert logged(taken) == captured
@@ -185,7 +185,8 @@ class OnACard(torch.Tensor):
 
 def test_tokens_are_read_into_the_hosts_memory_and_waited_for(model, gpus, monkeypatch):
     taken, empty = step.Decoding(model.decoder, 2, 40), torch.empty
-    taken.begin(torch.tensor([[5, 6], [7, 8]]), torch.tensor([0, 0]), [4, 4], edits=[[], []])
+    batch = step.Batch(torch.tensor([[5, 6], [7, 8]]), torch.tensor([0, 0]), [4, 4])
+    taken.begin(batch, [[], []])
     expected = taken.read()()
     taken.chosen = taken.chosen.as_subclass(OnACard)
     monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **how: empty(*sizes, **how))

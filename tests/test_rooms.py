@@ -98,7 +98,7 @@ sys.meta_path.insert(0, Absent())
 import tinysteer as ts
 model = ts.load()
 vector = ts.extract(model, ["What is an owl? Answer in all capital letters."], ["What is an owl?"])
-print(len(model.complete("What is a fox?", [vector.at(3).add()], max_new_tokens=4)))
+print(len(model.complete(["What is a fox?"], [vector.at(3).add()], max_new_tokens=4)))
 try:
     import tinysteer.evaluation
 except ImportError as error:

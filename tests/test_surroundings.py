@@ -34,7 +34,7 @@ def extracted(model, **options):
 
 def explained(model, steer=None):
     (one, *_) = model.explain(PROMPTS, steer, max_new_tokens=3, chat=False)
-    return str(one), one.d
+    return str(one), one.d.nan_to_num(-1.0)
 
 
 def captured(model, steer=None, **options):

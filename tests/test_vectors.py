@@ -210,16 +210,16 @@ def test_files_that_are_no_vectors_are_refused(a, tmp_path):
     with pytest.raises(FileNotFoundError, match="no steering vector file"):
         ts.SteeringVector.load(path)
     path.write_bytes(b"not safetensors at all")
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="damaged or is not a safetensors file"):
         ts.SteeringVector.load(path)
     from safetensors.torch import save_file
 
     save_file({"directions": torch.zeros(2, 3)}, path)
-    with pytest.raises(ValueError, match="no tinysteer vector"):
+    with pytest.raises(ValueError, match="not a tinysteer vector"):
         ts.SteeringVector.load(path)
     a.save(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="damaged or is not a safetensors file"):
         ts.SteeringVector.load(path)
     with pytest.raises(FileNotFoundError, match="no folder"):
         a.save(tmp_path / "nowhere" / "v.safetensors")

@@ -118,7 +118,7 @@ class Decoding:
     @on_its_stream  # whose memory this is, so that it may be freed while a step is under way
     def _allocate(self, rows: int, length: int) -> None:
         decoder, fixed = self.decoder, self.means.capture is not None
-        with torch.device(self.device):
+        with torch.device(decoder.embed.weight.device):
             self.tokens = torch.zeros(rows, 1, dtype=torch.long)
             self.chosen, self.left = torch.zeros(2, rows, dtype=torch.long)  # left: still allowed
             self.logprobs = torch.zeros(rows)  # of what was chosen
@@ -161,7 +161,7 @@ class Decoding:
             self.steering.copy_(edits, anew=True)
             part = self.cache.part(n)
             with use_kernels(kernels):
-                tokens = batch.tokens.to(self.device)
+                tokens = batch.tokens.to(self.tokens.device)
                 h = self.decoder.prefill(tokens, part, self.steering.part(n))
                 self.cache.resume(part, fixed=self.means.capture is not None)
                 self._choose(torch.cat((h, h.new_zeros(spare, *h.shape[1:]))))

@@ -236,7 +236,7 @@ class SteeringVector:
         """The direction of one layer, or those of several, as in at(range(10, 21)), whose verbs
         make one edit a layer. Negative layers count from the last. ValueError.
         """
-        if isinstance(layer, Sequence):
+        if isinstance(layer, Sequence) and not isinstance(layer, str):
             if not layer:
                 raise ValueError("at takes a layer, or several: there are none")
             return Directions(self.at(one) for one in layer)
