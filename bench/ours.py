@@ -7,11 +7,13 @@ from tinysteer_kernels import add_steer_norm, residual, steer, steering
 from tinysteer_kernels.devices import triton
 
 
-def alone(kind: str) -> Way:
-    def call(i):
-        return steer(i.x, i.bank, i.tables[kind], i.position)
+def alone(kind: str, op=steer, name: str = "steer") -> Way:
+    """`steer`, or what a reader has in its place."""
 
-    return Way(f"steer: {kind}", call, kind, fused=False)
+    def call(i):
+        return op(i.x, i.bank, i.tables[kind], i.position)
+
+    return Way(f"{name}: {kind}", call, kind, fused=False)
 
 
 def fused(kind: str) -> Way:
