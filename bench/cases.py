@@ -139,13 +139,15 @@ def reference(inputs: Inputs, way: Way) -> list[Tensor]:
     return [h, h * torch.rsqrt(h.square().mean(-1, keepdim=True) + EPS) * inputs.weight.double()]
 
 
-def check(way: Way, outputs: Tensor | tuple[Tensor, ...], expected: list[Tensor]) -> float:
+def check(way: Way, x: Tensor, outputs: Tensor | tuple, expected: list[Tensor]) -> float:
     """The largest relative error of a position; AssertionError where it is too large, or NaN."""
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    outputs = outputs if isinstance(outputs, tuple) else [outputs]
+    like = {(getattr(o, "dtype", type(o)), *getattr(o, "shape", ())) for o in outputs}
+    assert like == {(x.dtype, *x.shape)}, f"{way.name} returns {like}, x is {(x.dtype, *x.shape)}"
     pairs = list(zip(outputs, expected, strict=True))
     errors = [((o - e).norm(dim=-1) / e.norm(dim=-1)).flatten() for o, e in pairs]
-    error, limit = float(torch.cat(errors).amax()), LIMITS[outputs[0].dtype]  # NaN, if one is
-    assert error < limit, f"{way.name} is off by {error:.2g}, where {limit:.0e} is allowed"
+    error, limit = float(torch.cat(errors).amax()), LIMITS[x.dtype]  # NaN, if one is
+    assert error < limit, f"{way.name} is off by {error:.2g}, the limit is {limit:.0e}"
     return error
 
 
@@ -153,7 +155,7 @@ def verify(way: Way, inputs: Inputs) -> float:
     """Call once on a fresh x, and check."""
     inputs.x.normal_()
     expected = reference(inputs, way)  # first: the call may work in place
-    return check(way, way.call(inputs, *way.prepare(inputs)), expected)
+    return check(way, inputs.x, way.call(inputs, *way.prepare(inputs)), expected)
 
 
 def verify_graph(way: Way, graph: Graph, sets: list[Inputs]) -> float:
@@ -166,5 +168,5 @@ def verify_graph(way: Way, graph: Graph, sets: list[Inputs]) -> float:
         sets[i].x.normal_()
         poison(graph.outputs[i])
         graph.replay()
-        errors.append(check(way, graph.outputs[i], reference(sets[i], way)))
+        errors.append(check(way, sets[i].x, graph.outputs[i], reference(sets[i], way)))
     return max(errors)

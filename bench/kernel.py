@@ -1,8 +1,15 @@
 """The two kernels on a GPU: microseconds, percent of a copy, and what one writes without us.
 
-    python bench/kernel.py [check | decode | prefill | baselines | tuning]
+    python bench/kernel.py [check | decode | prefill | baselines | tuning]    or all
+    python bench/kernel.py --with mine.py:function [KIND ...]
 
-or all. From a checkout that is not installed: PYTHONPATH=.:kernels python bench/kernel.py
+From a checkout that is not installed: PYTHONPATH=.:kernels python bench/kernel.py
+
+--with puts function(x, bank, tables, position) of your own beside `steer`. x (B, T, D), float32 or
+bfloat16, is moved in place or copied, and returned; bank (N, D) is of x's type or float32; tables
+are `MoveTables` of B rows and K moves; position (B, T) int32 is 0 at the last prompt token. What
+errs at the shapes of `check` is refused, with exit code 1; the rest is timed, on a CPU too. KINDs
+are the moves that it can do: idle, adds, targets, half or mixed; all unless said.
 
 "off" is add_steer_norm without edits, "idle" with tables in which no row has one; in "half" every
 second row has, and "mixed" edits are of all kinds, with windows. "launched" are the kernels in
@@ -15,13 +22,17 @@ run, for the bytes that any way must move. Where there is no GPU only `check` ru
 TRITON_INTERPRET=1, the kernels run too, in the interpreter.
 """
 
+import itertools
+import runpy
+import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
 import baselines
 import torch
-from baselines import KERNELS_RUN
-from cases import BF16, FP32, LIMITS, Shape, Way, make, verify, verify_graph
+from baselines import INTERPRETED, KERNELS_RUN
+from cases import BF16, FP32, KINDS, LIMITS, Inputs, Shape, Way, make, verify, verify_graph
 from ceilings import copy_bandwidth
 from common import gpu, table, where
 from ours import alone, fused, launched, precise, tiled
@@ -29,40 +40,45 @@ from timing import Graph, capture, measure, n_cold_sets, record
 from tinysteer_kernels import MoveTables
 
 WIDTHS = (1536, 2048, 2304, 3072, 3584, 8192)  # and 4096
-MINUTES = {"decode": 4, "prefill": 4, "baselines": 6, "tuning": 4}  # guessed before any run
+STEERED = ("idle", *KINDS)
+# Guessed before any run.
+MINUTES = {"decode": 4, "prefill": 4, "baselines": 6, "tuning": 4, "yours": 1}
 
 
 # Right first.
 
 
+def small(kinds: Sequence[str]) -> Iterator[tuple[Shape, Inputs]]:
+    """Inputs at shapes that differ in all that matters, of three pairs of types each."""
+    on_gpu = torch.cuda.is_available()
+    D, counts, device = (2304, (1, 4, 16), "cuda") if on_gpu else (136, (1, 2, 8), "cpu")
+    for (B, T), K in itertools.product(((1, 1), (3, 1), (2, 5)), counts):
+        for directions in ("shared", "own"):
+            shape = Shape(B, T, D, K, directions)
+            for types in ((FP32, FP32), (BF16, BF16), (BF16, FP32)):
+                yield shape, *make(shape, set(kinds), 1, *types, device)
+
+
 def check() -> None:
     """All ways but torch.compile's, at small shapes, against float64."""
     on_gpu, errors = torch.cuda.is_available(), {}
-    kinds = ("off", "idle", "adds", "targets", "half", "mixed")
-    shapes = [
-        Shape(B, T, 2304 if on_gpu else 136, K, directions)
-        for B, T in ((1, 1), (3, 1), (2, 5))
-        for K in ((1, 4, 16) if on_gpu else (1, 2, 8))
-        for directions in ("shared", "own")
-    ]
-    for shape in shapes:
-        for dtype, bank_dtype in ((FP32, FP32), (BF16, BF16), (BF16, FP32)):
-            ways = [*map(fused, kinds), *map(alone, kinds[1:])]
-            if KERNELS_RUN and not on_gpu and dtype == FP32:  # in bfloat16 the interpreter errs
-                ways += [way for kind in kinds for way in launched(kind)]
-            if dtype == bank_dtype:
-                ways += [
-                    way._replace(name=f"{way.name}: {kind}" if way.kind == kind else way.name)
-                    for kind in ("adds", "targets")
-                    for of in (baselines.alone, baselines.fused)
-                    for way in of(shape, kind, compiling=False)
-                    if way.name != "one-vector kernel" or on_gpu or dtype == FP32
-                ]
-            (inputs,) = make(shape, set(kinds), 1, dtype, bank_dtype, "cuda" if on_gpu else "cpu")
-            for way in ways:
-                name = f"{way.name}, add and norm" if way.fused else way.name
-                seen = errors.setdefault(name, {dtype: [] for dtype in LIMITS})
-                seen[dtype].append(verify(way, inputs))
+    for shape, inputs in small(STEERED):
+        dtype = inputs.x.dtype
+        ways = [*map(fused, ("off", *STEERED)), *map(alone, STEERED)]
+        if KERNELS_RUN and not on_gpu and dtype == FP32:  # in bfloat16 the interpreter errs
+            ways += [way for kind in ("off", *STEERED) for way in launched(kind)]
+        if dtype == inputs.bank.dtype:
+            ways += [
+                way._replace(name=f"{way.name}: {kind}" if way.kind == kind else way.name)
+                for kind in ("adds", "targets")
+                for of in (baselines.alone, baselines.fused)
+                for way in of(shape, kind, compiling=False)
+                if way.name != "one-vector kernel" or on_gpu or dtype == FP32
+            ]
+        for way in ways:
+            name = f"{way.name}, add and norm" if way.fused else way.name
+            seen = errors.setdefault(name, {dtype: [] for dtype in LIMITS})
+            seen[dtype].append(verify(way, inputs))
     rows = [
         [name, *(f"{max(seen[dtype]):.1e}" if seen[dtype] else "" for dtype in LIMITS)]
         for name, seen in sorted(errors.items(), key=lambda item: "add and norm" in item[0])
@@ -240,11 +256,56 @@ def tuning(part: Part) -> None:
 PARTS = {"decode": decode, "prefill": prefill, "baselines": against_baselines, "tuning": tuning}
 
 
+# One's own.
+
+
+def against(name: str, kinds: Sequence[str]) -> None:
+    """A reader's "mine.py:function": refused where it is wrong, else timed beside `steer`."""
+    file, _, function = name.rpartition(":")
+    function = runpy.run_path(file)[function]
+    pairs = {kind: [alone(kind), alone(kind, function, "yours")] for kind in kinds}
+    for shape, inputs in small(kinds):
+        for _, yours in pairs.values():
+            try:
+                verify(yours, inputs)
+            except AssertionError as error:
+                sys.exit(f"{name} is refused at {shape}, {inputs.x.dtype}: {error}")
+    print(f"{name} is right: {', '.join(kinds)}, at all shapes of `check`\n", flush=True)
+    pairs = {kind: pairs[kind] for kind in kinds if kind in ("adds", "targets")} or pairs
+    if not torch.cuda.is_available():
+        return on_cpu(pairs)
+    part = Part("yours")
+    for ways, B in itertools.product(pairs.values(), (1, 8, 64, 256)):
+        part.line(Shape(B, 1, 4096, 4), ways)
+    return part.show()
+
+
+def on_cpu(pairs: dict[str, list[Way]]) -> None:
+    """The formula of `steer` and a reader's function, call by call in turn."""
+    if INTERPRETED:
+        return print("Triton interprets kernels here: nothing was timed.")
+    rows = []
+    for kind, D, B in itertools.product(pairs, (576, 2048), (1, 8, 64)):
+        (inputs,) = make(Shape(B, 1, D, 4), {kind}, 1, FP32, device="cpu")
+        times = [], []
+        for way, seen in [*zip(pairs[kind], times, strict=True)] * 100:
+            start = time.perf_counter()
+            way.call(inputs)
+            seen.append(1e6 * (time.perf_counter() - start))
+        ours, yours = map(statistics.median, times)
+        rows.append([f"{B} 1 {D} 4 {kind}", f"{ours:.1f}", f"{yours:.1f}", f"{yours / ours:.2f}"])
+    print(table(["B T D K: us, float32", "steer's formula", "yours", "ratio"], rows))
+    return print("\nMedians of 100 calls in turn. No GPU is here, so no kernel of ours ran.")
+
+
 def main() -> None:
     names = sys.argv[1:] or ["check", *PARTS]
-    if len(sys.argv) > 2 or not {"check", *PARTS}.issuperset(names):
+    yours = names[0] == "--with" and ":" in (*names, "")[1] and set(names[2:]).issubset(STEERED)
+    if not yours and (len(sys.argv) > 2 or not {"check", *PARTS}.issuperset(names)):
         sys.exit(__doc__)
     print(where(), end="\n\n", flush=True)
+    if yours:
+        return against(names[1], names[2:] or STEERED)
     if not torch.cuda.is_available():
         check()
         return print("No GPU is here: all was checked on the CPU, nothing was timed.")
