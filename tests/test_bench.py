@@ -1,0 +1,111 @@
+"""What the READMEs of kernels/ and bench/ show, and a reader's own kernel in the bench."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tinysteer_kernels.devices import HAS_TRITON
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {name: (ROOT / name / "README.md").read_text("utf-8") for name in ("kernels", "bench")}
+PYTHON = re.findall(r"^```python\n(.*?)^```", TEXTS["kernels"], flags=re.DOTALL | re.MULTILINE)
+(MINE,) = (text for text in PYTHON if "def mine(" in text)
+MINE = MINE[: MINE.index("close(")]  # the file mine.py
+ADDS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def kernel(x, bank, tables, T, K, D: tl.constexpr, BLOCK: tl.constexpr):
+    column, table = tl.arange(0, BLOCK), tables + tl.program_id(0) // T * (7 + K) * K
+    at, inside = x + tl.program_id(0) * D + column, column < D
+    h = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    for k in range(K):
+        u = tl.load(bank + tl.load(table + k) * D + column, mask=inside, other=0.0)
+        h += tl.load(table + K + k).to(tl.float32, bitcast=True) * u.to(tl.float32)
+    tl.store(at, h, mask=inside)
+
+def adds(x, bank, tables, position):
+    (B, T, D), K = x.shape, tables.index.shape[1]
+    BLOCK = triton.next_power_of_2(D)
+    kernel[(B * T,)](x, bank, tables.packed, T, K, D=D, BLOCK=BLOCK)
+    return x
+"""
+
+
+def with_mine(folder: Path, text: str, *kinds: str, name: str = "mine"):
+    """What the command makes of a file with that text, and of a function in it, on a CPU."""
+    (folder / "mine.py").write_text(text)
+    settings = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_INTERPRET": str(int("triton" in text)),
+    }
+    command = [sys.executable, ROOT / "bench/kernel.py", "--with", f"mine.py:{name}", *kinds]
+    run = {"cwd": folder, "capture_output": True, "text": True, "check": False}
+    return subprocess.run(command, env=settings, **run)
+
+
+def test_the_examples_of_the_kernels_run():
+    scope = {}
+    for text in PYTHON:
+        assert "close(" in text, "each holds its result against the definition"
+        exec(text, scope)
+
+
+def test_every_example_notices_a_kernel_that_does_nothing(monkeypatch):
+    """A first run, with kernels that work, gives the examples their names."""
+    import tinysteer_kernels.steering as steering
+
+    scope = {}
+    exec(PYTHON[0], scope)
+    monkeypatch.setattr(steering, "steer_reference", lambda x, *_: x)
+    monkeypatch.setattr(steering, "steer_launch", lambda *_: None)
+    for text in PYTHON:
+        with pytest.raises(AssertionError, match=r"not close"):
+            exec(text, scope)
+
+
+def test_a_readers_right_kernel_is_timed(tmp_path):
+    assert len([line for line in MINE.splitlines() if line.strip()]) <= 8
+    done = with_mine(tmp_path, MINE, "targets")
+    assert done.returncode == 0, done.stderr
+    assert "mine.py:mine is right: targets" in done.stdout
+    assert len(re.findall(r"\d 4 targets +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\|", done.stdout)) == 6
+
+
+WRONG = {
+    "the last move is dropped": ("zip(*fields)", "list(zip(*fields))[:-1]"),
+    "windows end too early": ("position <= last", "position < last"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_readers_wrong_kernel_is_refused_with_its_error(name, tmp_path):
+    assert WRONG[name][0] in MINE
+    done = with_mine(tmp_path, MINE.replace(*WRONG[name]))
+    assert done.returncode == 1
+    said = r"mine.py:mine is refused at Shape\(.*\), torch.float32: .* off by 0\..*limit is 2e-05"
+    assert re.search(said, done.stderr), done.stderr
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
+def test_a_readers_kernel_in_triton_is_checked_where_there_is_no_gpu(tmp_path):
+    done = with_mine(tmp_path, ADDS, "adds", name="adds")
+    assert done.returncode == 0, done.stderr
+    assert "mine.py:adds is right: adds" in done.stdout
+
+
+@pytest.mark.parametrize("of", TEXTS)
+def test_the_scripts_and_files_that_it_names_are_there(of):
+    scripts = re.findall(r"python (bench/[\w/]+\.py)", TEXTS[of])
+    folders = r"[( `/]((?:bench|tests|kernels|tinysteer|results)/[\w/.-]+\.\w+)"
+    files = re.findall(folders, TEXTS[of]) + re.findall(r"`([\w/]+\.py)`", TEXTS[of])
+    assert scripts
+    assert len(files) > 3
+    near = [ROOT, ROOT / of, ROOT / "kernels/tinysteer_kernels"]
+    for name in scripts + files:
+        assert any((folder / name).exists() for folder in near), name
