@@ -1,6 +1,6 @@
 """A decoding step of whole models on a GPU: milliseconds, percent of the limit, what steering adds.
 
-    python bench/decode.py [check | llama | models | baselines]
+    python bench/decode.py [check | quick | llama | models | baselines]
 
 or all. From a checkout that is not installed: PYTHONPATH=.:kernels python bench/decode.py
 
@@ -156,6 +156,14 @@ def drawn(model: str) -> Decoder:
     return draw(SHAPES[model], "cuda", torch.bfloat16)
 
 
+def quick(part: Part) -> str:
+    """What a reader wants to know first."""
+    decoder = drawn(LLAMA)
+    for B in (1, 64):
+        part.line(LLAMA, decoder, B, SHORT, FEW)
+    return part.tables()
+
+
 def llama(part: Part) -> str:
     decoder = drawn(LLAMA)
     for B in BATCHES:
@@ -182,8 +190,8 @@ def baselines(part: Part) -> str:
     return rivals.rows(rivals.compare(LLAMA, SHAPES[LLAMA], drawn(LLAMA), (1, 64), record))
 
 
-PARTS = {"llama": llama, "models": models, "baselines": baselines}
-MINUTES = {"llama": 6, "models": 6, "baselines": 6}  # guessed before any run
+PARTS = {"quick": quick, "llama": llama, "models": models, "baselines": baselines}
+MINUTES = {"quick": 2, "llama": 6, "models": 6, "baselines": 6}  # guessed before any run
 
 
 def check() -> None:

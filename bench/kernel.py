@@ -1,6 +1,6 @@
 """The two kernels on a GPU: microseconds, percent of a copy, and what one writes without us.
 
-    python bench/kernel.py [check | decode | prefill | baselines | tuning]    or all
+    python bench/kernel.py [check | quick | decode | prefill | baselines | tuning]    or all
     python bench/kernel.py --with mine.py:function [KIND ...]
 
 From a checkout that is not installed: PYTHONPATH=.:kernels python bench/kernel.py
@@ -42,7 +42,7 @@ from tinysteer_kernels import MoveTables
 WIDTHS = (1536, 2048, 2304, 3072, 3584, 8192)  # and 4096
 STEERED = ("idle", *KINDS)
 # Guessed before any run.
-MINUTES = {"decode": 4, "prefill": 4, "baselines": 6, "tuning": 4, "yours": 1}
+MINUTES = {"quick": 2, "decode": 4, "prefill": 4, "baselines": 6, "tuning": 4, "yours": 1}
 
 
 # Right first.
@@ -187,6 +187,22 @@ def cells(line: list[dict]) -> list[str]:
     return [f"{first['us']:.2f}", *more]
 
 
+def quick(part: Part) -> None:
+    """What a reader wants to know first: README's table."""
+    ways = [fused(kind) for kind in ("off", "idle", "adds", "targets")]
+    for B in (1, 8, 64, 256):
+        part.line(Shape(B, 1, 4096, 4), ways)
+    part.line(Shape(64, 1, 4096, 4, "own"), ways)
+    part.line(Shape(64, 1, 4096, 16), ways)
+    for K in (1, 4, 16):
+        alones = [alone("adds"), alone("targets")]
+        part.line(Shape(1, 8192, 4096, K), [fused("off"), fused("adds"), fused("targets"), *alones])
+    shape = Shape(64, 1, 4096, 4)
+    part.line(shape, [alone("adds"), *baselines.alone(shape, "adds", compiling=True)])
+    ours = [fused("targets"), fused("off")]
+    part.line(shape, [*ours, *baselines.fused(shape, "targets", compiling=True)])
+
+
 def decode(part: Part) -> None:
     """What steering adds to the add and norm that are there anyway; then steer by itself."""
     ways = [fused(kind) for kind in ("off", "idle", "adds", "targets")]
@@ -253,7 +269,13 @@ def tuning(part: Part) -> None:
         part.line(Shape(1, 8192, D, 4), [way, precise(way), *others])
 
 
-PARTS = {"decode": decode, "prefill": prefill, "baselines": against_baselines, "tuning": tuning}
+PARTS = {
+    "quick": quick,
+    "decode": decode,
+    "prefill": prefill,
+    "baselines": against_baselines,
+    "tuning": tuning,
+}
 
 
 # One's own.

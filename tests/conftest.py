@@ -19,6 +19,7 @@ if HAS_TRITON and DEVICE == "cpu":
 
 REAL = ("smollm2", "gemma3")
 torch.set_num_threads(1)  # tiny models lose by more
+collect_ignore = ["test_gpu.py"] if DEVICE == "cpu" else []
 
 
 def pytest_collection_modifyitems(items):
