@@ -97,7 +97,7 @@ def test_attention_is_that_of_float64(name, way):
     sizes, settings = CASES[name]
     inputs, settings = case(**sizes), {"scale": 0.3} | settings
     y, k, v = exact(*inputs, **settings)
-    torch.testing.assert_close(run(way, *inputs, **settings).double().cpu(), y, atol=2e-5, rtol=0)
+    torch.testing.assert_close(run(way, *inputs, **settings).double().cpu(), y, atol=4e-5, rtol=0)
     for cache, right in ((inputs[1], k), (inputs[2], v)):
         torch.testing.assert_close(cache.double().cpu(), right, atol=1e-5, rtol=0, equal_nan=True)
 

@@ -273,8 +273,8 @@ def test_forward_derivatives_are_the_backward_ones(dtype):
 @pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
 def test_autograd_is_told_of_what_a_launch_writes(monkeypatch):
     monkeypatch.setattr(steering_module, "fits", lambda *_: True)
-    bank = F.normalize(torch.randn(1, 8), dim=-1)
-    x, w = torch.randn(1, 3, 8), torch.randn(8, requires_grad=True)
+    bank = F.normalize(torch.randn(1, 8, device=DEVICE), dim=-1)
+    x, w = torch.randn(1, 3, 8, device=DEVICE), torch.randn(8, requires_grad=True, device=DEVICE)
     y = x * w
     steer(x, bank, compile_moves(bank, [[Move(0, bias=3.0)]]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

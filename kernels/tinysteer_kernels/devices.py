@@ -31,6 +31,8 @@ except ImportError:  # or macOS, or Windows
 
 
 HAS_TRITON = hasattr(triton, "runtime")
+# Asked once: torch.compile does not always see through the question.
+AUTOCAST = {kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)}
 KERNELS: ContextVar[bool] = ContextVar("kernels", default=True)
 
 
@@ -73,7 +75,7 @@ def as_is(x: Tensor, launched: bool) -> AbstractContextManager:
     kind = x.device.type
     if launched:
         return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

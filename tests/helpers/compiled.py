@@ -250,7 +250,7 @@ def main() -> None:
         kernel = compile_as_launched(recorder, capability)
         ptx, pointers = kernel.asm["ptx"], list(parameters(recorder))
         report[name] = machine_code(kernel) | {"loads": load_widths(ptx, pointers)}
-        report[name]["kernel"] = recorder.kernel.__name__
+        report[name]["kernel"], report[name]["warps"] = recorder.kernel.__name__, recorder.n_warps
         arguments = recorder.arguments.items()
         report[name]["given"] = [name for name, value in arguments if value is not None]
         report[name]["absent"] = [name for name, value in arguments if value is None]
