@@ -1,20 +1,12 @@
 """Choosing layers, or layers and weights, on validation prompts by the paper's rule (section 2)."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from statistics import fmean
+from typing import Any
 
 from tinysteer.evaluation.quality import perplexity
 from tinysteer.evaluation.selection import LOW_PERPLEXITY, choose_layer
-from tinysteer.experiments.study import Ask, Study
-
-
-class Trial(NamedTuple):
-    """One validation prompt under one choice, of which each group takes its best."""
-
-    group: Hashable
-    choice: Any  # a layer, or a layer and a weight; None: unsteered
-    ask: Ask
-    check: Callable[[str], bool]
+from tinysteer.experiments.study import Study, Trial
 
 
 def choose(study: Study, trials: Sequence[Trial]) -> tuple[dict, list[dict]]:
@@ -32,16 +24,11 @@ def choose(study: Study, trials: Sequence[Trial]) -> tuple[dict, list[dict]]:
         seen.setdefault(trial.group, {}).setdefault(trial.choice, []).append((followed, spoilt))
     chosen, rows = {}, []
     for group, choices in seen.items():
-        accuracy = {choice: average(f for f, _ in pairs) for choice, pairs in choices.items()}
-        spoilt = {choice: average(s for _, s in pairs) for choice, pairs in choices.items()}
+        accuracy = {choice: fmean(f for f, _ in pairs) for choice, pairs in choices.items()}
+        spoilt = {choice: fmean(s for _, s in pairs) for choice, pairs in choices.items()}
         chosen[group] = choose_layer(accuracy, spoilt, 0.0 if study.reader else spoilt[None])
         rows += [
             {"group": group, "choice": c, "accuracy": accuracy[c], "spoilt": spoilt[c]}
             for c in choices
         ]
     return chosen, rows
-
-
-def average(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""`tinysteer reproduce EXPERIMENT MODEL`: its options, and what they become."""
+"""`tinysteer reproduce EXPERIMENT -m MODEL`: its options, and what they become."""
 
 import argparse
 import json
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from tinysteer.experiments import EXPERIMENTS, Settings, reproduce
 from tinysteer.language_model import load
+from tinysteer.loading.hub import EMBEDDED
 from tinysteer.steering.edits import WINDOWS, parse_window
+
+MODEL = EMBEDDED[0]
 
 
 def add_parser(commands) -> None:
@@ -14,7 +17,10 @@ def add_parser(commands) -> None:
         "reproduce", help="an experiment of the paper, on any model, in a folder"
     )
     one.add_argument("experiment", choices=EXPERIMENTS)
-    one.add_argument("model", metavar="MODEL", help="a folder, a Hub id or an embedded model")
+    one.add_argument("positional", nargs="?", help=argparse.SUPPRESS)  # the model, before 0.2
+    one.add_argument(
+        "-m", "--model", default=MODEL, help=f"a folder, a Hub id or an embedded model ({MODEL})"
+    )
     one.add_argument("--out", metavar="DIR", help="default: EXPERIMENT-MODEL; resumed if there")
     one.add_argument("--limit", type=int, metavar="N", help="test prompts, at most")
     one.add_argument("--prompts", metavar="JSONL", help="test prompts in place of the built-in")
@@ -24,11 +30,13 @@ def add_parser(commands) -> None:
     one.add_argument("--layers", metavar="JSON", help="a summary.json whose layers to take")
     one.add_argument("--layer", type=int, metavar="L", help="for lengths and words")
     one.add_argument("--weights", type=float, nargs="+", metavar="W", help="to sweep, likewise")
-    one.add_argument("--where", default="all", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all)")
+    one.add_argument("--where", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all; embedded: 0,1)")
     one.add_argument("--validation", type=int, default=8, metavar="N", help="prompts a choice (8)")
-    one.add_argument("--validation-tokens", type=int, default=256, metavar="N", help="256")
-    one.add_argument("--step", type=int, default=2, help="between the layers tried (2)")
-    one.add_argument("--max-new-tokens", type=int, metavar="N", help="the paper's: 1024 or 2048")
+    one.add_argument("--validation-tokens", type=int, metavar="N", help="256 (embedded: 112)")
+    one.add_argument("--step", type=int, help="between the layers tried (2; embedded: 1)")
+    one.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="the paper's 1024 or 2048 (embedded: 112)"
+    )
     one.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="prompts together (32)"
     )
@@ -38,12 +46,17 @@ def add_parser(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.positional:
+        raise ValueError(
+            f"reproduce takes its model by -m: "
+            f"tinysteer reproduce {options.experiment} -m {options.positional}"
+        )
     settings = Settings(
         limit=options.limit,
         layers=read_layers(options.layers) if options.layers else {},
         layer=options.layer,
         weights=tuple(options.weights) if options.weights else None,
-        where=parse_window(options.where),
+        where=parse_window(options.where) if options.where else None,
         validation=options.validation,
         step=options.step,
         max_new_tokens=options.max_new_tokens,
@@ -63,4 +76,4 @@ def read_layers(path: str) -> dict[str, dict[str, int | None]]:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))["data"]["layers"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no summary.json of `reproduce format` ({error})") from None
+        raise ValueError(f"{path} is not a summary.json of `reproduce format` ({error})") from None

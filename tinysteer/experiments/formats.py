@@ -5,6 +5,7 @@ same with random directions.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from tinysteer.experiments.instructions import (
     SETTINGS,
@@ -17,11 +18,10 @@ from tinysteer.experiments.instructions import (
 )
 from tinysteer.experiments.intervals import share
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.study import Ask, Study
+from tinysteer.experiments.study import Ask, Study, Trial
 from tinysteer.experiments.texts import (
     Item,
     checkable,
-    format_items,
     of_instruction,
     read_items,
 )
@@ -36,7 +36,8 @@ NOTE = (
 
 def test_items(study: Study) -> list[Item]:
     file = study.settings.prompts
-    items = [i for i in read_items(file) if i.family in FAMILIES] if file else format_items("test")
+    items = read_items(file) if file else study.corpus.format_items("test")
+    items = [item for item in items if item.family in FAMILIES]
     if not items:
         raise ValueError(f"{file} has no row of one instruction about {', '.join(FAMILIES)}")
     whole = checkable(items)
@@ -75,7 +76,7 @@ def accuracies(study: Study, items: Sequence[Item], ways: Mapping[str, Way]) -> 
     where, first = study.settings.where, next(iter(ways))
     arms = {"unsteered": None, **{name: (*way, False) for name, way in ways.items()}}
     arms["random"] = (*ways[first], True)
-    asks, places = [], []
+    trials = []
     for setting, text in SETTINGS.items():
         for arm, way in arms.items():
             for i, item in enumerate(items):
@@ -84,16 +85,15 @@ def accuracies(study: Study, items: Sequence[Item], ways: Mapping[str, Way]) -> 
                     layer = way[1][setting].get(item.instruction)
                     edits = way[0][item.instruction].edits(layer, where, control=way[2])
                 labels = {"setting": setting, "arm": arm, "instruction": item.instruction, "row": i}
-                asks.append(Ask(getattr(item, text), edits, labels))
-                places.append((setting, arm, i))
-    texts = study.answer(asks, study.settings.max_new_tokens or TOKENS)
-    hits = {place: follows(items[place[2]], t) for place, t in zip(places, texts, strict=True)}
+                ask = Ask(getattr(item, text), edits, labels)
+                trials.append(Trial(setting, arm, ask, partial(follows, item)))
+    hits = study.tally(trials, TOKENS)
 
     def row(name: str, rows: Sequence[int]) -> dict:
         cells: dict = {"": name}
         for setting in SETTINGS:
             for arm in arms:
-                cells[f"{setting} {arm}"] = share(hits[setting, arm, i] for i in rows)
+                cells[f"{setting} {arm}"] = share(hits[setting][arm][i] for i in rows)
             for way, (_, layers) in ways.items():
                 if name != "all":
                     cells[f"{setting} layer, {way}"] = layers[setting].get(name)

@@ -11,7 +11,7 @@ from tinysteer.experiments.instructions import all_instructed
 from tinysteer.experiments.intervals import mean
 from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.study import Study
-from tinysteer.experiments.texts import Item, format_items, of_instruction, read_items
+from tinysteer.experiments.texts import Item, of_instruction, read_items
 from tinysteer.extraction import all_residuals
 
 SHOWN = (  # as in the paper's figure, where there are pairs of them
@@ -31,7 +31,7 @@ TOP = 10
 
 def pairs_of(study: Study) -> dict[str, list[Item]]:
     file = study.settings.pairs
-    found = of_instruction(read_items(file) if file else format_items("pairs"))
+    found = of_instruction(read_items(file) if file else study.corpus.format_items("pairs"))
     names = [name for name in SHOWN if name in found] or list(found)
     return {name: found[name][: min(MOST, study.settings.limit or MOST)] for name in names}
 

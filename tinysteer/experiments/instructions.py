@@ -1,7 +1,6 @@
 """Instructions that have a vector: pairs of requests, their vectors, and a layer for each."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,18 +8,16 @@ from tqdm import tqdm
 
 from tinysteer.evaluation import ifeval
 from tinysteer.evaluation.selection import sweep_layers
-from tinysteer.experiments.choosing import Trial, choose
+from tinysteer.experiments.choosing import choose
 from tinysteer.experiments.presets import preset
-from tinysteer.experiments.study import Ask, Study
+from tinysteer.experiments.study import Ask, Study, Trial
 from tinysteer.experiments.texts import (
     LANGUAGE,
     Item,
     checkable,
-    format_items,
     of_instruction,
     read_items,
 )
-from tinysteer.extraction import MeanResiduals, extract, mean_residuals
 from tinysteer.language_model import LanguageModel
 from tinysteer.steering.edits import Edit, Where
 from tinysteer.steering.vectors import SteeringVector
@@ -48,34 +45,23 @@ Layers = Mapping[str, Mapping[str, int | None]]  # by setting and instruction
 
 def all_instructed(study: Study, model: LanguageModel) -> dict[str, Instructed]:
     """The vector of every instruction that there are pairs of."""
-    size = study.settings.batch_size
-    # Instructions may share their requests.
-    plain = functools.cache(lambda requests: mean_residuals(model, requests, batch_size=size))
     pairs, _ = pairs_of(study)
     return {
-        name: instructed(study, model, name, items, plain)
+        name: instructed(study, model, name, items)
         for name, items in tqdm(pairs.items(), "vectors", leave=False, disable=None)
     }
 
 
-def instructed(
-    study: Study,
-    model: LanguageModel,
-    name: str,
-    items: Sequence[Item],
-    plain: Callable[[tuple[str, ...]], MeanResiduals],
-) -> Instructed:
-    asked, requests = [item.prompt for item in items], tuple(item.request for item in items)
-
-    def make() -> SteeringVector:
-        size = study.settings.batch_size
-        return extract(model, asked, plain(requests), name=name, batch_size=size)
-
-    def make_control() -> SteeringVector:
-        return vector.random_like(name, plain(requests).mean)
-
-    vector = study.vector(f"{name} of {model.name}", make)
-    return Instructed(vector, study.vector(f"{name} of {model.name}, random", make_control))
+def instructed(study: Study, model: LanguageModel, name: str, items: Sequence[Item]) -> Instructed:
+    requests = [item.request for item in items]
+    vector = study.extract(model, name, [item.prompt for item in items], requests)
+    return Instructed(
+        vector,
+        study.vector(
+            f"{name} of {model.name}, random",
+            lambda: vector.random_like(name, study.plain(model, requests).mean),
+        ),
+    )
 
 
 def pairs_of(study: Study) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
@@ -85,8 +71,8 @@ def pairs_of(study: Study) -> tuple[dict[str, list[Item]], dict[str, list[Item]]
     """
     file, n = study.settings.pairs, study.settings.validation
     if not file:
-        validation = of_instruction(format_items("validation"))
-        return of_instruction(format_items("pairs")), head(validation, n)
+        validation = of_instruction(study.corpus.format_items("validation"))
+        return of_instruction(study.corpus.format_items("pairs")), head(validation, n)
     pairs = of_instruction(read_items(file))
     held = {name: items[-n:] if len(items) >= 2 * n else items for name, items in pairs.items()}
     made = {name: items[:-n] if len(items) >= 2 * n else items for name, items in pairs.items()}

@@ -1,27 +1,21 @@
 """Length: words by the weight of conciseness or verbosity, and numbers of sentences (paper, 4)."""
 
-import functools
 from collections.abc import Sequence
-from statistics import median
+from functools import partial
+from statistics import fmean, median
 
 from tinysteer.evaluation.checks import sentences
+from tinysteer.evaluation.selection import sweep_layers
 from tinysteer.experiments.intervals import mean, share
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.study import Ask, Study
-from tinysteer.experiments.texts import (
-    built_in,
-    in_turn,
-    read_requests,
-    requests,
-    sentences_wordings,
-)
-from tinysteer.extraction import extract, mean_residuals
+from tinysteer.experiments.study import Ask, Study, Trial
+from tinysteer.experiments.texts import in_turn, read_requests
 from tinysteer.steering.edits import Edit
 from tinysteer.steering.vectors import SteeringVector
 
-CLASSES = {"concise": "extra short", "verbose": "extra verbose"}
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the vector's norm: the sweep where the paper has none
+MORE_SHARES = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5)  # where all is tried
 SENTENCES = range(1, 6)
 DEPTH = 3 / 8  # of the model: layer 12 of 32
 TOKENS = 1024
@@ -37,35 +31,40 @@ class Lengths:
 
     def __init__(self, study: Study):
         self.study, self.known = study, preset(study.model.name)
-        model = study.source or study.model
-        given, depth = study.settings.layer, model.config.n_layers
-        self.layer = (
-            int(DEPTH * depth) if self.known.length_layer is None else self.known.length_layer
-        )
-        self.layer = self.layer if given is None else given
-        self.base = requests("pairs")
-        size = study.settings.batch_size
-        self.plain = functools.cache(lambda: mean_residuals(model, self.base, batch_size=size))
         self.vectors = {
-            name: self._vector(in_turn(self.base, built_in()["length"][wordings]), name)
-            for name, wordings in CLASSES.items()
+            name: self.vector(name, wordings) for name, wordings in study.corpus.lengths.items()
         }
+        layers = (study.settings.layer, self.known.length_layer)
+        layer = next((layer for layer in layers if layer is not None), None)
+        self.layer = self._choose() if layer is None else layer
 
-    def _vector(self, asked: Sequence[str], name: str) -> SteeringVector:
-        model, size = self.study.source or self.study.model, self.study.settings.batch_size
-        return self.study.vector(
-            f"{name} of {model.name}",
-            lambda: extract(model, asked, self.plain(), name=name, batch_size=size),
-        )
+    def vector(self, name: str, wordings: Sequence[str]) -> SteeringVector:
+        study, requests = self.study, self.study.corpus.texts("pairs")
+        model, asked = study.source or study.model, in_turn(requests, wordings)
+        return study.extract(model, name, asked, requests)
 
-    def of_sentences(self, n: int) -> SteeringVector:
-        """The vector of "exactly n sentences"."""
-        return self._vector(in_turn(self.base, sentences_wordings("exactly", n)), f"{n} sentences")
+    def _choose(self) -> int:
+        """A layer as deep as the paper's; where all is tried, that of the shortest answers.
+
+        Those are validation answers, with the whole vector of conciseness.
+        """
+        study, n_layers = self.study, self.study.model.config.n_layers
+        if not study.corpus.thorough:
+            return int(DEPTH * n_layers)
+        concise, where = self.vectors["concise"], study.settings.where
+        trials = [
+            Trial("", layer, Ask(text, [concise.at(layer).add(where=where)]), n_words)
+            for layer in sweep_layers(n_layers, study.settings.step)[1:]
+            for text in study.corpus.texts("validation")[: study.settings.validation]
+        ]
+        words = study.tally(trials, TOKENS)[""]
+        return min(words, key=lambda layer: fmean(words[layer]))
 
     def sweep(self, vector: SteeringVector) -> list[float]:
         """Weights: those given, the paper's, or shares of the vector's norm."""
+        shares = MORE_SHARES if self.study.corpus.thorough else SHARES
         weights = self.study.settings.weights or self.known.length_sweep
-        return list(weights or (part * vector.at(self.layer).norm for part in SHARES))
+        return list(weights or (part * vector.at(self.layer).norm for part in shares))
 
     def weight(self, vector: SteeringVector) -> float:
         """For numbers of sentences: the paper's 20, or in other models half the norm."""
@@ -81,14 +80,14 @@ class Lengths:
 
 def run(study: Study) -> Findings:
     file = study.settings.prompts
-    prompts = (read_requests(file) if file else requests("test"))[: study.settings.limit]
+    prompts = (read_requests(file) if file else study.corpus.texts("test"))[: study.settings.limit]
     lengths = Lengths(study)
     words, histograms = sweep(study, lengths, prompts)
     notes = [
         f"Vectors are added at layer {lengths.layer}. The prompt of a sweep says nothing of length."
     ]
-    tables = [words, *constraints(study, lengths, prompts)]
-    return Findings(tables, notes, {"words": histograms})
+    counted = constraints(study, lengths, prompts) if study.corpus.sentences else []
+    return Findings([words, *counted], notes, {"words": histograms})
 
 
 def sweep(study: Study, lengths: Lengths, prompts: Sequence[str]) -> tuple[Table, dict]:
@@ -108,7 +107,7 @@ def sweep(study: Study, lengths: Lengths, prompts: Sequence[str]) -> tuple[Table
     texts = study.answer(asks, study.settings.max_new_tokens or TOKENS)
     table, counts = Table("Words of an answer, by the weight that is added"), {}
     for a, (name, weight, _) in enumerate(arms):
-        found = [len(t.split()) for t in texts[a * len(prompts) : (a + 1) * len(prompts)]]
+        found = [n_words(text) for text in texts[a * len(prompts) : (a + 1) * len(prompts)]]
         counts[f"{name} {weight:.3g}"] = found
         table.rows.append(
             {"": name, "weight": float(weight), "mean": mean(found), "median": median(found)}
@@ -118,13 +117,16 @@ def sweep(study: Study, lengths: Lengths, prompts: Sequence[str]) -> tuple[Table
 
 def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[Table]:
     """Numbers of sentences, asked for in the prompt, unsteered, steered, and at random."""
-    exact = {n: lengths.of_sentences(n) for n in SENTENCES}
+    exact = {
+        n: lengths.vector(f"{n} sentences", study.corpus.sentences_wordings("exactly", n))
+        for n in SENTENCES
+    }
     vectors = {
         "at most": dict.fromkeys(SENTENCES, lengths.vectors["concise"]),
         "exactly": exact,
         "at least": dict.fromkeys(SENTENCES, lengths.vectors["verbose"]),
     }
-    asks, places = [], []
+    trials = []
     for relation in RELATIONS:
         for n in SENTENCES:
             vector = vectors[relation][n]
@@ -133,19 +135,16 @@ def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[
                 "steered": lengths.edits(vector, lengths.weight(vector)),
                 "random": lengths.edits(control(vector, relation, n), lengths.weight(vector)),
             }
-            asked = in_turn(prompts, sentences_wordings(relation, n))
+            asked = in_turn(prompts, study.corpus.sentences_wordings(relation, n))
+            check = partial(has_sentences, relation=relation, n=n)
             for arm, edits in arms.items():
                 for i, prompt in enumerate(asked):
                     labels = {"relation": relation, "n": n, "arm": arm, "row": i}
-                    asks.append(Ask(prompt, edits, labels))
-                    places.append((relation, n, arm))
-    texts = study.answer(asks, study.settings.max_new_tokens or TOKENS)
-    hits: dict[tuple[str, int, str], list[bool]] = {}
-    for (relation, n, arm), text in zip(places, texts, strict=True):
-        hits.setdefault((relation, n, arm), []).append(has_sentences(text, relation, n))
+                    trials.append(Trial((relation, n), arm, Ask(prompt, edits, labels), check))
+    hits = study.tally(trials, TOKENS)
     arms = ("unsteered", "steered", "random")
     each = [
-        {"": f"{relation} {n}"} | {arm: share(hits[relation, n, arm]) for arm in arms}
+        {"": f"{relation} {n}"} | {arm: share(hits[relation, n][arm]) for arm in arms}
         for relation in RELATIONS
         for n in SENTENCES
     ]
@@ -156,7 +155,7 @@ def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[
             arm: mean(
                 [
                     100 * sum(answers) / len(answers)
-                    for answers in zip(*(hits[relation, n, arm] for n in SENTENCES), strict=True)
+                    for answers in zip(*(hits[relation, n][arm] for n in SENTENCES), strict=True)
                 ]
             )
             for arm in arms
@@ -167,6 +166,10 @@ def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[
         Table(f"Percent of the number of sentences asked for, n = 1 to {SENTENCES[-1]}", whole),
         Table("Percent by number", each),
     ]
+
+
+def n_words(text: str) -> int:
+    return len(text.split())
 
 
 def has_sentences(text: str, relation: str, n: int) -> bool:

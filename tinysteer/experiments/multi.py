@@ -1,22 +1,30 @@
 """Two instructions at once: a format and a length, lowercase and a word to avoid (paper, 6).
 
+The embedded models know no numbers of sentences: there two formats take the first's place.
 Each vector acts at its own layer. The authors' script reads the length vector at the format's
 layer; here it is read where it is added, as the paper says.
 """
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tinysteer.evaluation import ifeval
 from tinysteer.evaluation.checks import sentences
 from tinysteer.experiments import formats, instructions, length, words
 from tinysteer.experiments.intervals import share
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.study import Ask, Study
-from tinysteer.experiments.texts import Item, built_in, of_instruction, sentences_wordings
+from tinysteer.experiments.study import Ask, Study, Trial
+from tinysteer.experiments.texts import Item, of_instruction
 from tinysteer.steering.edits import Edit
 
 LOWERCASE = "change_case:english_lowercase"
+NO_COMMA = "punctuation:no_comma"
+TWO = (  # formats that one answer can have
+    (LOWERCASE, NO_COMMA),
+    (LOWERCASE, "startend:quotation"),
+    ("change_case:english_capital", NO_COMMA),
+)
 TOKENS = 2048
 Checks = dict[str, Callable[[int, str], bool]]  # name -> whether row i's answer holds to it
 
@@ -29,19 +37,19 @@ def run(study: Study) -> Findings:
     vectors = instructions.all_instructed(study, study.model)
     wanted = [*dict.fromkeys([*of_instruction(items), LOWERCASE])]
     layers, validated = instructions.choose_layers(study, vectors, wanted)
-    known = words.Words(study)
-    choice, grid = words.choose_weight(study, known, "exclude")
-    lengths = length.Lengths(study)
-    tables = [
-        format_and_length(study, items, vectors, layers, lengths),
-        lowercase_and_word(study, vectors, layers, known, choice),
-    ]
-    concise = lengths.weight(lengths.vectors["concise"])
-    notes = [
-        "w/o, w/: the prompt is without or with both instructions.",
-        f"Conciseness: weight {concise:.3g} at layer {lengths.layer}. Words: {words.told(choice)}",
-        *formats.remarks(study, items, vectors),
-    ]
+    by = "exclude" if study.corpus.thorough else "include"  # `words` says what each is good for
+    choice, grid = words.choose_weight(study, "exclude", by)
+    notes = ["w/o, w/: the prompt is without or with both instructions."]
+    if study.corpus.sentences:
+        lengths = length.Lengths(study)
+        concise = lengths.weight(lengths.vectors["concise"])
+        tables = [format_and_length(study, items, vectors, layers, lengths)]
+        notes.append(f"Conciseness: weight {concise:.3g} at layer {lengths.layer}.")
+    else:
+        tables = two_formats(study, items, vectors, layers)
+    tables.append(lowercase_and_word(study, vectors, layers, choice, by))
+    notes[-1] += f" Words: {words.told(choice, by[:-1] + 'sion')}"
+    notes += formats.remarks(study, items, vectors)
     validation = [formats.flat(row) for row in validated]
     return Findings(tables, notes, {"layers": layers, "validation": validation, "weights": grid})
 
@@ -59,7 +67,7 @@ def format_and_length(
     weight = lengths.weight(concise)
 
     def prompt(i: int) -> str:
-        wordings = sentences_wordings("at most", limits[i])
+        wordings = study.corpus.sentences_wordings("at most", limits[i])
         return f"{items[i].prompt} {wordings[i % len(wordings)]}"
 
     def edits(i: int, setting: str, at_random: bool) -> list[Edit]:
@@ -84,14 +92,14 @@ def lowercase_and_word(
     study: Study,
     vectors: instructions.Vectors,
     layers: instructions.Layers,
-    known: words.Words,
     choice: tuple[int, float] | None,
+    by: str,
 ) -> Table:
-    items = words.builtin_items("exclude", "test")[: study.settings.limit]
-    wordings = built_in()["formats"][LOWERCASE]["wordings"]
+    items = words.builtin_items(study.corpus, "exclude", "test")[: study.settings.limit]
+    wordings = study.corpus.formats[LOWERCASE]["wordings"]
 
     def edits(i: int, setting: str, at_random: bool) -> list[Edit]:
-        word = known.vector("include", words.word_of(items[i]))
+        word = words.vector_of(study, by, words.word_of(items[i]))
         layer, where = layers[setting][LOWERCASE], study.settings.where
         return [
             *words.edits(study, word.random_like(i) if at_random else word, choice),
@@ -111,6 +119,34 @@ def lowercase_and_word(
     )
 
 
+def two_formats(
+    study: Study,
+    items: Sequence[Item],
+    vectors: instructions.Vectors,
+    layers: instructions.Layers,
+) -> list[Table]:
+    """A table for each two that some request is asked for, each by an edit at its own layer."""
+    by_name, tables = of_instruction(items), []
+    for names in TWO:
+        first, second = ({i.request: i for i in by_name.get(name, ())} for name in names)
+        requests = [request for request in first if request in second]
+        asked = [first[r].prompt + second[r].prompt.removeprefix(r) for r in requests]
+
+        def edits(i: int, setting: str, at_random: bool, names=names) -> list[Edit]:
+            where = study.settings.where
+            edits_of = (vectors[n].edits(layers[setting][n], where, at_random) for n in names)
+            return [edit for edits in edits_of for edit in edits]
+
+        checks = {
+            name.split(":")[1]: lambda i, text, name=name: ifeval.follow([name], [{}], text)
+            for name in names
+        }
+        if requests:
+            prompts = {"w/o": requests, "w/": asked}
+            tables.append(both(study, " and ".join(checks), prompts, edits, checks))
+    return tables
+
+
 def both(
     study: Study,
     title: str,
@@ -119,22 +155,22 @@ def both(
     checks: Checks,
 ) -> Table:
     """Each check and all at once, unsteered, steered, and with random directions."""
-    asks, places = [], []
+    trials = []
     for setting, texts in prompts.items():
         for arm in ("unsteered", "steered", "random"):
             for i, prompt in enumerate(texts):
                 made = [] if arm == "unsteered" else edits(i, setting, arm == "random")
                 labels = {"of": title, "setting": setting, "arm": arm, "row": i}
-                asks.append(Ask(prompt, made, labels))
-                places.append((setting, arm, i))
-    answers = study.answer(asks, study.settings.max_new_tokens or TOKENS)
-    hits: dict[tuple[str, str], list[list[bool]]] = {}
-    for (setting, arm, i), text in zip(places, answers, strict=True):
-        found = [bool(text.strip()) and check(i, text) for check in checks.values()]
-        hits.setdefault((setting, arm), []).append(found)
+                ask = Ask(prompt, made, labels)
+                trials.append(Trial((setting, arm), "", ask, partial(held, checks, i)))
     table = Table(f"{title}: accuracy in percent")
-    for (setting, arm), rows in hits.items():
-        columns = zip(checks, zip(*rows, strict=True), strict=True)
+    for (setting, arm), answers in study.tally(trials, TOKENS).items():
+        columns = zip(checks, zip(*answers[""], strict=True), strict=True)
         shares = {name: share(column) for name, column in columns}
-        table.rows.append({"": f"{setting}, {arm}"} | shares | {"both": share(map(all, rows))})
+        both_held = share(map(all, answers[""]))
+        table.rows.append({"": f"{setting}, {arm}"} | shares | {"both": both_held})
     return table
+
+
+def held(checks: Checks, i: int, text: str) -> list[bool]:
+    return [bool(text.strip()) and check(i, text) for check in checks.values()]

@@ -7,13 +7,15 @@ there what it has and goes on with the same batches, so it ends with the same an
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from tinysteer.experiments.corpus import corpus_for
+from tinysteer.extraction import MeanResiduals, extract, mean_residuals
 from tinysteer.language_model import LanguageModel
 from tinysteer.steering.edits import Edit, Where
 from tinysteer.steering.vectors import SteeringVector
@@ -22,17 +24,17 @@ from tinysteer.version import VERSION
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run may choose. The defaults are the paper's; None: as each experiment has it."""
+    """What a run may choose. None: as the corpus (the paper) or each experiment has it."""
 
     limit: int | None = None  # test prompts, at most
     layers: dict[str, dict[str, int | None]] = field(default_factory=dict)  # setting, instruction
     layer: int | None = None  # for all that is added with a weight
     weights: tuple[float, ...] | None = None  # to sweep; the paper's are absolute
-    where: Where = "all"
+    where: Where | None = None
     validation: int = 8  # prompts an instruction to choose its layer by
-    step: int = 2  # between the layers that are tried
+    step: int | None = None  # between the layers that are tried
     max_new_tokens: int | None = None
-    validation_tokens: int = 256
+    validation_tokens: int | None = None
     batch_size: int = 32
     prompts: str | None = None  # JSONL files in place of the built-in texts
     pairs: str | None = None
@@ -61,6 +63,15 @@ class Ask:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Trial(NamedTuple):
+    """One prompt under one choice, and what is to be seen in its answer."""
+
+    group: Hashable
+    choice: Any  # a layer, a layer and a weight, the name of an arm; None: unsteered
+    ask: Ask
+    check: Callable[[str], Any]
+
+
 def check_layers(settings: Settings, n_layers: int) -> None:
     """ValueError for a layer that the model has not."""
     given = [layer for layers in settings.layers.values() for layer in layers.values()]
@@ -87,7 +98,10 @@ class Study:
         reader: LanguageModel | None = None,
         source: LanguageModel | None = None,
     ):
-        self.experiment, self.model, self.settings = experiment, model, settings
+        self.corpus = corpus_for(model, source or model)
+        defaults = self.corpus.defaults.items()
+        taken = {name: value for name, value in defaults if getattr(settings, name) is None}
+        self.experiment, self.model, self.settings = experiment, model, replace(settings, **taken)
         self.reader, self.source, self.out = reader, source, out
         check_layers(settings, model.config.n_layers)
         sizes = [(m.config.n_layers, m.config.dim) for m in (model, source or model)]
@@ -103,12 +117,17 @@ class Study:
             "device": model.device.type,
             "source": source and [source.name, source.revision or fingerprint(source)],
             "reader": reader and reader.name,
-            "settings": asdict(settings),
+            "settings": asdict(self.settings),
             "tinysteer": VERSION,
         }
         self.about = json.loads(json.dumps(about))  # as it is read again
         self.known = self._read()
-        self.notes: list[str] = []
+        self.notes = list(self.corpus.notes)
+        if self.notes and taken:
+            told = ", ".join(f"{name} {value}" for name, value in taken.items())
+            self.notes.append(f"As these models need it, unless the command says: {told}.")
+        self.vectors: dict[str, SteeringVector] = {}
+        self.means: dict[tuple, MeanResiduals] = {}
         self.said: list[tuple[dict[str, Any], str, str]] = []  # labels, prompt, answer
 
     def _read(self) -> dict[str, str]:
@@ -137,13 +156,48 @@ class Study:
 
     def vector(self, name: str, make: Callable[[], SteeringVector]) -> SteeringVector:
         """A vector, made once: a run that goes on takes the very same."""
+        if name in self.vectors:
+            return self.vectors[name]
         file = self.out / "vectors" / (re.sub(r"\W+", "-", name) + ".safetensors")
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
             unfinished = file.with_suffix(".new")
             make().save(unfinished)
             unfinished.replace(file)
-        return SteeringVector.load(file)
+        self.vectors[name] = SteeringVector.load(file)
+        return self.vectors[name]
+
+    def extract(
+        self, model: LanguageModel, name: str, asked: Sequence[str], requests: Sequence[str]
+    ) -> SteeringVector:
+        """A vector of a model: requests with an instruction against the same without."""
+
+        def make() -> SteeringVector:
+            plain, size = self.plain(model, requests), self.settings.batch_size
+            return extract(model, asked, plain, name=name, batch_size=size)
+
+        return self.vector(f"{name} of {model.name}", make)
+
+    def plain(self, model: LanguageModel, requests: Sequence[str]) -> MeanResiduals:
+        """What requests leave in a model, run once: instructions may share them."""
+        key = id(model), *requests
+        if key not in self.means:
+            size = self.settings.batch_size
+            self.means[key] = mean_residuals(model, requests, batch_size=size)
+        return self.means[key]
+
+    def tally(self, trials: Sequence[Trial], max_new_tokens: int) -> dict[Hashable, dict]:
+        """group -> choice -> what was seen in its answers, in order.
+
+        max_new_tokens: where the settings say nothing of it.
+        """
+        tokens = self.settings.max_new_tokens or max_new_tokens
+        texts = self.answer([trial.ask for trial in trials], tokens)
+        seen: dict[Hashable, dict[Any, list]] = {}
+        for trial, text in zip(trials, texts, strict=True):
+            choices = seen.setdefault(trial.group, {})
+            choices.setdefault(trial.choice, []).append(trial.check(text))
+        return seen
 
     def room(self, asks: Sequence[Ask], max_new_tokens: int) -> int:
         """As many new tokens as the context has room for behind the longest prompt."""

@@ -4,18 +4,18 @@ Each word has a vector of its own, that of requests to include it. Its opposite 
 the vector of requests to avoid it is tried beside it.
 """
 
-import functools
 from collections.abc import Sequence
 from functools import partial
 
 from tinysteer.evaluation import ifeval
-from tinysteer.experiments.choosing import Trial, choose
+from tinysteer.evaluation.selection import sweep_layers
+from tinysteer.experiments.choosing import choose
+from tinysteer.experiments.corpus import Corpus
 from tinysteer.experiments.intervals import share
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
-from tinysteer.experiments.study import Ask, Study
-from tinysteer.experiments.texts import Item, built_in, in_turn, read_items, requests, with_words
-from tinysteer.extraction import extract, mean_residuals
+from tinysteer.experiments.study import Ask, Study, Trial
+from tinysteer.experiments.texts import Item, in_turn, read_items
 from tinysteer.steering.edits import Edit
 from tinysteer.steering.vectors import SteeringVector
 
@@ -35,35 +35,18 @@ def word_of(item: Item) -> str:
     return found[0]
 
 
-class Words:
-    """Vectors of words, made when they are first asked for."""
-
-    def __init__(self, study: Study):
-        self.model, self.size = study.source or study.model, study.settings.batch_size
-        self.base = requests("pairs")[:N_PAIRS]
-        self.plain = functools.cache(
-            lambda: mean_residuals(self.model, self.base, batch_size=self.size)
-        )
-        self.study = study
-        self.made: dict[tuple[str, str], SteeringVector] = {}
-
-    def vector(self, kind: str, word: str) -> SteeringVector:
-        """kind: "include" or "exclude"."""
-        if (kind, word) not in self.made:
-            asked, name = in_turn(self.base, built_in()["words"][kind], word=word), f"{kind} {word}"
-            self.made[kind, word] = self.study.vector(
-                f"{name} of {self.model.name}",
-                lambda: extract(self.model, asked, self.plain(), name=name, batch_size=self.size),
-            )
-        return self.made[kind, word]
+def vector_of(study: Study, kind: str, word: str) -> SteeringVector:
+    """kind: "include" or "exclude"."""
+    requests = study.corpus.texts("pairs")[:N_PAIRS]
+    asked = in_turn(requests, study.corpus.words[kind], word=word)
+    return study.extract(study.source or study.model, f"{kind} {word}", asked, requests)
 
 
-def builtin_items(kind: str, part: str) -> list[Item]:
+def builtin_items(corpus: Corpus, kind: str, part: str) -> list[Item]:
     """Requests with a word to hold that would not come by itself, or to avoid that might."""
-    wordings, items = built_in()["words"][kind], []
-    for i, (request, word) in enumerate(
-        with_words(part, "unlikely" if kind == "include" else "words")
-    ):
+    rows = corpus.with_words(part, "unlikely" if kind == "include" else "words")
+    wordings, items = corpus.words[kind], []
+    for i, (request, word) in enumerate(rows):
         prompt = f"{request} {wordings[i % len(wordings)].format(word=word)}"
         items.append(Item(request, prompt, KINDS[kind], {FIELDS[KINDS[kind]]: [word]}))
     return items
@@ -71,7 +54,7 @@ def builtin_items(kind: str, part: str) -> list[Item]:
 
 def test_items(study: Study, kind: str) -> list[Item]:
     file = study.settings.prompts
-    items = read_items(file) if file else builtin_items(kind, "test")
+    items = read_items(file) if file else builtin_items(study.corpus, kind, "test")
     items = [item for item in items if item.instruction == KINDS[kind]][: study.settings.limit]
     for item in items:
         word_of(item)  # or its error, before anything is run
@@ -90,12 +73,17 @@ def edits(study: Study, vector: SteeringVector, choice: tuple[int, float] | None
     return [vector.at(choice[0]).add(weight=choice[1], where=study.settings.where)]
 
 
-def grid(study: Study, words: Words, kind: str) -> list[tuple[int, float] | None]:
-    """Layers and weights to try: those given, or some of the later layers and shares of a norm."""
+def grid(study: Study, kind: str, by: str) -> list[tuple[int, float] | None]:
+    """Layers and weights to try: those given, or some of the later layers and shares of a norm.
+
+    Where all is tried, every layer.
+    """
     depth, layer = study.model.config.n_layers, study.settings.layer
     layers = [int(part * depth) for part in DEPTHS] if layer is None else [layer]
-    sign = 1.0 if kind == "include" else -1.0
-    some = words.vector("include", with_words("validation")[0][1])
+    if study.corpus.thorough and layer is None:
+        layers = sweep_layers(depth, study.settings.step)[1:]
+    sign = 1.0 if kind == by else -1.0
+    some = vector_of(study, by, study.corpus.with_words("validation")[0][1])
     return [None] + [
         (L, sign * abs(weight))
         for L in layers
@@ -104,49 +92,58 @@ def grid(study: Study, words: Words, kind: str) -> list[tuple[int, float] | None
 
 
 def choose_weight(
-    study: Study, words: Words, kind: str
+    study: Study, kind: str, by: str = "include"
 ) -> tuple[tuple[int, float] | None, list[dict]]:
-    """The paper's, or the best of the grid without the instruction in the prompt; and that grid."""
+    """The paper's, or the best of the grid without the instruction in the prompt; and that grid.
+
+    by: whose vectors, "include" or "exclude".
+    """
     known = getattr(preset(study.model.name), kind)
     if known and study.settings.layer is None and study.settings.weights is None:
         return known, []
-    items = builtin_items(kind, "validation")[: study.settings.validation]
+    items = builtin_items(study.corpus, kind, "validation")[: study.settings.validation]
+    group = kind if by == "include" else f"{kind} by its own vector"
     trials = [
         Trial(
-            kind,
+            group,
             choice,
             Ask(
                 item.request,
-                edits(study, words.vector("include", word_of(item)), choice),
-                {"for": "validation", "kind": kind, "choice": choice, "row": i},
+                edits(study, vector_of(study, by, word_of(item)), choice),
+                {"for": "validation", "kind": group, "choice": choice, "row": i},
             ),
             partial(follows, item),
         )
-        for choice in grid(study, words, kind)
+        for choice in grid(study, kind, by)
         for i, item in enumerate(items)
     ]
     chosen, rows = choose(study, trials)
-    return chosen[kind], rows
+    return chosen[group], rows
 
 
 def run(study: Study) -> Findings:
     items = {kind: test_items(study, kind) for kind in KINDS}
     if not any(items.values()):
         raise ValueError(f"{study.settings.prompts} has no rows of {' or '.join(KINDS.values())}")
-    words, table, notes, grids = Words(study), Table("Accuracy in percent, strict"), [], []
+    table, notes, grids = Table("Accuracy in percent, strict"), [], []
     for kind, rows in items.items():
         if rows:
-            choice, grid = choose_weight(study, words, kind)
+            choice, grid = choose_weight(study, kind)
+            own = choice and (choice[0], -choice[1])
             notes.append(f"{kind}: {told(choice)}")
             grids += grid
-            table.rows += rows_of(study, words, kind, rows, choice)
+            if study.corpus.thorough and kind == "exclude":
+                own, grid = choose_weight(study, kind, kind)
+                notes.append(f"{kind}: {told(own, 'exclusion')}")
+                grids += grid
+            table.rows += rows_of(study, kind, rows, choice, own)
     return Findings([table, *grid_table(grids)], notes, {"validation": grids})
 
 
-def told(choice: tuple[int, float] | None) -> str:
+def told(choice: tuple[int, float] | None, by: str = "inclusion") -> str:
     if choice is None:
         return "no weight beat no steering in validation, so all is unsteered."
-    return f"the word's inclusion vector with weight {choice[1]:.3g} at layer {choice[0]}."
+    return f"the word's {by} vector with weight {choice[1]:.3g} at layer {choice[0]}."
 
 
 def grid_table(grid: Sequence[dict]) -> list[Table]:
@@ -161,40 +158,34 @@ def grid_table(grid: Sequence[dict]) -> list[Table]:
 
 def rows_of(
     study: Study,
-    words: Words,
     kind: str,
     items: Sequence[Item],
     choice: tuple[int, float] | None,
+    own: tuple[int, float] | None,
 ) -> list[dict]:
     """The arms of one kind; "own" is the vector of requests to avoid the word."""
-    own = choice and (choice[0], -choice[1])
-    arms = {"unsteered": None, "steered": None, "random": None}
-    if kind == "exclude":
-        arms["own"] = None
-    asks, places = [], []
+    arms = ("unsteered", "steered", "random", *(["own"] if kind == "exclude" else []))
+    trials = []
     for setting, text in (("w/o", "request"), ("w/", "prompt")):
         for arm in arms:
             for i, item in enumerate(items):
                 word = word_of(item)
-                vector = words.vector("include", word)
+                vector = vector_of(study, "include", word)
                 steer = {
                     "unsteered": lambda: [],
                     "steered": lambda v=vector: edits(study, v, choice),
                     "random": lambda v=vector, i=i: edits(study, v.random_like(i), choice),
-                    "own": lambda w=word: edits(study, words.vector("exclude", w), own),
+                    "own": lambda w=word: edits(study, vector_of(study, "exclude", w), own),
                 }[arm]()
                 labels = {"kind": kind, "setting": setting, "arm": arm, "row": i}
-                asks.append(Ask(getattr(item, text), steer, labels))
-                places.append((setting, arm, item))
-    texts = study.answer(asks, study.settings.max_new_tokens or TOKENS)
-    hits: dict[tuple[str, str], list[bool]] = {}
-    for (setting, arm, item), text in zip(places, texts, strict=True):
-        hits.setdefault((setting, arm), []).append(follows(item, text))
+                ask = Ask(getattr(item, text), steer, labels)
+                trials.append(Trial(setting, arm, ask, partial(follows, item)))
+    hits = study.tally(trials, TOKENS)
     names = {"own": "by its own vector"}
     return [
         {"": f"{kind}, {setting} the instruction"}
         | {
-            names.get(arm, arm): share(hits[setting, arm]) if arm in arms else None
+            names.get(arm, arm): share(hits[setting][arm]) if arm in arms else None
             for arm in ("unsteered", "steered", "random", "own")
         }
         for setting in ("w/o", "w/")
