@@ -1,6 +1,6 @@
 """The experiments of Stolfo et al. (ICLR 2025), one command each, on any supported model.
 
-tinysteer reproduce EXPERIMENT MODEL --out FOLDER
+tinysteer reproduce EXPERIMENT -m MODEL --out FOLDER
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinysteer.evaluation.quality import JUDGES, Judge
 from tinysteer.experiments import formats, geometry, length, multi, transfer, words
+from tinysteer.experiments.corpus import corpus_for
 from tinysteer.experiments.pictures import draw
 from tinysteer.experiments.report import Findings, quality
 from tinysteer.experiments.study import Settings, Study
@@ -40,12 +41,13 @@ def reproduce(
     A run that was stopped goes on where it was. reader: to whose perplexity a text is spoilt when
     layers are chosen, and is judged after; default the model itself, and not judged. source: where
     vectors come from in "transfer", "length" and "words". judges: what is said of the answers'
-    quality, by name. ValueError for what is no experiment, for a folder that holds another run, and
-    for extras that are missing: before anything is run.
+    quality, by name. ValueError for what is not an experiment, for a folder that holds another run,
+    and for extras that are missing: before anything is run.
     """
     if experiment not in EXPERIMENTS:
-        raise ValueError(f"{experiment!r} is no experiment: {', '.join(EXPERIMENTS)}")
-    if experiment not in ("similarity", "lens"):
+        raise ValueError(f"{experiment!r} is not an experiment: {', '.join(EXPERIMENTS)}")
+    counts = experiment == "length" and corpus_for(model, source or model).sentences
+    if experiment in ("format", "multi", "transfer") or counts:
         missing = [m for m in ("langdetect", "nltk", "punkt") if not importlib.util.find_spec(m)]
         if missing:
             raise ValueError(

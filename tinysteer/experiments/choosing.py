@@ -17,15 +17,17 @@ def choose(study: Study, trials: Sequence[Trial]) -> tuple[dict, list[dict]]:
     reads its own texts, finds most of them likely, and as many may be spoilt as without steering.
     """
     texts = study.answer([trial.ask for trial in trials], study.settings.validation_tokens)
-    found = perplexity(study.reader or study.model, texts, batch_size=study.settings.batch_size)
-    seen: dict[Hashable, dict[Any, list[tuple[bool, bool]]]] = {}
-    for trial, text, value in zip(trials, texts, found, strict=True):
-        followed, spoilt = trial.check(text), value < LOW_PERPLEXITY
-        seen.setdefault(trial.group, {}).setdefault(trial.choice, []).append((followed, spoilt))
+    values = perplexity(study.reader or study.model, texts, batch_size=study.settings.batch_size)
+    groups: dict[Hashable, dict[Any, list[tuple[bool, bool]]]] = {}
+    for trial, text, value in zip(trials, texts, values, strict=True):
+        result = trial.check(text), value < LOW_PERPLEXITY
+        groups.setdefault(trial.group, {}).setdefault(trial.choice, []).append(result)
     chosen, rows = {}, []
-    for group, choices in seen.items():
-        accuracy = {choice: fmean(f for f, _ in pairs) for choice, pairs in choices.items()}
-        spoilt = {choice: fmean(s for _, s in pairs) for choice, pairs in choices.items()}
+    for group, choices in groups.items():
+        accuracy, spoilt = (
+            {choice: fmean(result[i] for result in results) for choice, results in choices.items()}
+            for i in (0, 1)
+        )
         chosen[group] = choose_layer(accuracy, spoilt, 0.0 if study.reader else spoilt[None])
         rows += [
             {"group": group, "choice": c, "accuracy": accuracy[c], "spoilt": spoilt[c]}

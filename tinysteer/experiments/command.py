@@ -1,6 +1,7 @@
 """`tinysteer reproduce EXPERIMENT -m MODEL`: its options, and what they become."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,15 +32,13 @@ def add_parser(commands) -> None:
     one.add_argument("--layer", type=int, metavar="L", help="for lengths and words")
     one.add_argument("--weights", type=float, nargs="+", metavar="W", help="to sweep, likewise")
     one.add_argument("--where", help=f"{', '.join(WINDOWS)} or FIRST,STOP (all; embedded: 0,1)")
-    one.add_argument("--validation", type=int, default=8, metavar="N", help="prompts a choice (8)")
+    one.add_argument("--validation", type=int, metavar="N", help="prompts a choice (8)")
     one.add_argument("--validation-tokens", type=int, metavar="N", help="256 (embedded: 112)")
     one.add_argument("--step", type=int, help="between the layers tried (2; embedded: 1)")
     one.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="the paper's 1024 or 2048 (embedded: 112)"
     )
-    one.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="prompts together (32)"
-    )
+    one.add_argument("--batch-size", type=int, metavar="N", help="prompts together (32)")
     one.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
     one.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
     one.set_defaults(run=run)
@@ -51,20 +50,10 @@ def run(options: argparse.Namespace) -> None:
             f"reproduce takes its model by -m: "
             f"tinysteer reproduce {options.experiment} -m {options.positional}"
         )
-    settings = Settings(
-        limit=options.limit,
-        layers=read_layers(options.layers) if options.layers else {},
-        layer=options.layer,
-        weights=tuple(options.weights) if options.weights else None,
-        where=parse_window(options.where) if options.where else None,
-        validation=options.validation,
-        step=options.step,
-        max_new_tokens=options.max_new_tokens,
-        validation_tokens=options.validation_tokens,
-        batch_size=options.batch_size,
-        prompts=options.prompts,
-        pairs=options.pairs,
-    )
+    names = {field.name for field in dataclasses.fields(Settings)}
+    chosen = {k: v for k, v in vars(options).items() if k in names and v is not None}
+    readers = {"layers": read_layers, "weights": tuple, "where": parse_window}
+    settings = Settings(**{k: readers[k](v) if k in readers else v for k, v in chosen.items()})
     names = {"model": options.model, "reader": options.reader, "source": options.source}
     models = {k: load(name, options.dtype, options.device) for k, name in names.items() if name}
     out = options.out or f"{options.experiment}-{Path(options.model).name}"

@@ -7,24 +7,13 @@ same with random directions.
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from tinysteer.experiments.instructions import (
-    SETTINGS,
-    Layers,
-    Vectors,
-    all_instructed,
-    choose_layers,
-    follows,
-    pairs_of,
-)
+from tinysteer.experiments import instructions
+from tinysteer.experiments.instructions import SETTINGS, Layers, Vectors, follows
 from tinysteer.experiments.intervals import share
 from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.study import Ask, Study, Trial
-from tinysteer.experiments.texts import (
-    Item,
-    checkable,
-    of_instruction,
-    read_items,
-)
+from tinysteer.experiments.texts import Item, checkable, of_instruction, read_items
+from tinysteer.steering.edits import Edit
 
 FAMILIES = ("change_case", "detectable_format", "language", "punctuation", "startend")
 TOKENS = 2048
@@ -48,11 +37,10 @@ def test_items(study: Study) -> list[Item]:
 
 def run(study: Study) -> Findings:
     items = test_items(study)
-    vectors = all_instructed(study, study.model)
-    wanted = list(of_instruction(items))
-    layers, validated = choose_layers(study, vectors, wanted)
+    vectors = instructions.all_instructed(study, study.model)
+    layers, validated = instructions.choose_layers(study, vectors, list(of_instruction(items)))
     tables = accuracies(study, items, {"steered": (vectors, layers)})
-    data = {"layers": layers, "validation": [flat(row) for row in validated]}
+    data = {"layers": layers, "validation": validated}
     return Findings(tables, [NOTE, *remarks(study, items, vectors)], data)
 
 
@@ -61,7 +49,8 @@ def remarks(study: Study, items: Sequence[Item], vectors: Vectors) -> list[str]:
     notes, missing = [], sorted({item.instruction for item in items} - set(vectors))
     if missing:
         notes.append(f"Without pairs, and so unsteered: {', '.join(missing)}.")
-    used = {item.request for part in pairs_of(study) for rows in part.values() for item in rows}
+    parts = instructions.pairs_of(study)
+    used = {item.request for part in parts for rows in part.values() for item in rows}
     shared = sum(item.request in used for item in items)
     if shared:
         notes.append(f"{shared} of the {len(items)} requests are also among the pairs' requests.")
@@ -71,21 +60,24 @@ def remarks(study: Study, items: Sequence[Item], vectors: Vectors) -> list[str]:
 Way = tuple[Vectors, Layers]
 
 
+def edits(study: Study, way: Way, name: str, setting: str, control: bool = False) -> list[Edit]:
+    """What a way does for an instruction: nothing where it has no vector or no layer."""
+    vectors, layers = way
+    if name not in vectors:
+        return []
+    return vectors[name].edits(layers[setting].get(name), study.settings.where, control)
+
+
 def accuracies(study: Study, items: Sequence[Item], ways: Mapping[str, Way]) -> list[Table]:
     """Of unsteered answers, of each way's vectors at its layers, of the first way's controls."""
-    where, first = study.settings.where, next(iter(ways))
-    arms = {"unsteered": None, **{name: (*way, False) for name, way in ways.items()}}
-    arms["random"] = (*ways[first], True)
+    arms = {"unsteered": ({}, {})} | dict(ways) | {"random": next(iter(ways.values()))}
     trials = []
     for setting, text in SETTINGS.items():
         for arm, way in arms.items():
             for i, item in enumerate(items):
-                edits = []
-                if way and item.instruction in way[0]:
-                    layer = way[1][setting].get(item.instruction)
-                    edits = way[0][item.instruction].edits(layer, where, control=way[2])
+                steer = edits(study, way, item.instruction, setting, arm == "random")
                 labels = {"setting": setting, "arm": arm, "instruction": item.instruction, "row": i}
-                ask = Ask(getattr(item, text), edits, labels)
+                ask = Ask(getattr(item, text), steer, labels)
                 trials.append(Trial(setting, arm, ask, partial(follows, item)))
     hits = study.tally(trials, TOKENS)
 
@@ -99,18 +91,10 @@ def accuracies(study: Study, items: Sequence[Item], ways: Mapping[str, Way]) -> 
                     cells[f"{setting} layer, {way}"] = layers[setting].get(name)
         return cells
 
-    by_name = {
-        name: [i for i, it in enumerate(items) if it.instruction == name]
-        for name in of_instruction(items)
-    }
+    by_name: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        by_name.setdefault(item.instruction, []).append(i)
     return [
         Table("Accuracy in percent, loose", [row("all", range(len(items)))]),
         Table("By instruction", [row(name, rows) for name, rows in by_name.items()]),
     ]
-
-
-def flat(row: dict) -> dict:
-    """A validation's row for JSON."""
-    setting, name = row["group"]
-    rest = {k: v for k, v in row.items() if k not in ("group", "choice")}
-    return {"setting": setting, "instruction": name, "layer": row["choice"]} | rest

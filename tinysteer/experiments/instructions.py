@@ -11,13 +11,7 @@ from tinysteer.evaluation.selection import sweep_layers
 from tinysteer.experiments.choosing import choose
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.study import Ask, Study, Trial
-from tinysteer.experiments.texts import (
-    LANGUAGE,
-    Item,
-    checkable,
-    of_instruction,
-    read_items,
-)
+from tinysteer.experiments.texts import LANGUAGE, Item, checkable, of_instruction, read_items
 from tinysteer.language_model import LanguageModel
 from tinysteer.steering.edits import Edit, Where
 from tinysteer.steering.vectors import SteeringVector
@@ -55,13 +49,11 @@ def all_instructed(study: Study, model: LanguageModel) -> dict[str, Instructed]:
 def instructed(study: Study, model: LanguageModel, name: str, items: Sequence[Item]) -> Instructed:
     requests = [item.request for item in items]
     vector = study.extract(model, name, [item.prompt for item in items], requests)
-    return Instructed(
-        vector,
-        study.vector(
-            f"{name} of {model.name}, random",
-            lambda: vector.random_like(name, study.plain(model, requests).mean),
-        ),
+    control = study.vector(
+        f"{name} of {model.name}, random",
+        lambda: vector.random_like(name, study.plain(model, requests).mean),
     )
+    return Instructed(vector, control)
 
 
 def pairs_of(study: Study) -> tuple[dict[str, list[Item]], dict[str, list[Item]]]:
@@ -90,38 +82,31 @@ def follows(item: Item, text: str) -> bool:
 
 
 def choose_layers(
-    study: Study,
-    vectors: Vectors,
-    wanted: Sequence[str],
-    source: str | None = None,
-) -> tuple[dict[str, dict[str, int | None]], list[dict]]:
-    """setting -> instruction -> layer: as told, as in the paper, or by validation.
+    study: Study, vectors: Vectors, wanted: Sequence[str], source: str | None = None
+) -> tuple[Layers, list[dict]]:
+    """Layers as told, as in the paper, or by validation; and what validation saw of each.
 
     source: the name of the model that the vectors come from, where it is another one.
     """
-    known = study.settings.layers or preset(study.model.name, source).layers
-    if known:
-        return {s: {name: known[s].get(name) for name in wanted} for s in SETTINGS}, []
-    _, validation = pairs_of(study)
-    trials = [
-        Trial(
-            (setting, name),
-            layer,
-            Ask(
-                getattr(item, text),
-                vectors[name].edits(layer, study.settings.where),
-                {"validation": setting, "vectors": source, "instruction": name, "layer": layer},
-            ),
-            partial(follows, item),
-        )
-        for setting, text in SETTINGS.items()
-        for name, items in validation.items()
-        if name in wanted and name in vectors
-        for layer in sweep_layers(study.model.config.n_layers, study.settings.step)
-        for item in items
-    ]
+    told = study.settings.layers or preset(study.model.name, source).layers
+    if told:
+        return {s: {name: told[s].get(name) for name in wanted} for s in SETTINGS}, []
+    trials = []
+    for setting, text in SETTINGS.items():
+        for name, items in pairs_of(study)[1].items():
+            if name not in wanted or name not in vectors:
+                continue
+            for layer in sweep_layers(study.model.config.n_layers, study.settings.step):
+                steer = vectors[name].edits(layer, study.settings.where)
+                labels = {"validation": setting, "vectors": source, "instruction": name}
+                labels["layer"] = layer
+                for item in items:
+                    ask = Ask(getattr(item, text), steer, labels)
+                    trials.append(Trial((setting, name), layer, ask, partial(follows, item)))
     chosen, rows = choose(study, trials)
-    layers = {
-        setting: {name: chosen.get((setting, name)) for name in wanted} for setting in SETTINGS
-    }
-    return layers, rows
+    layers = {s: {name: chosen.get((s, name)) for name in wanted} for s in SETTINGS}
+
+    def flat(group: tuple[str, str], choice: int | None, **shares: float) -> dict:
+        return {"setting": group[0], "instruction": group[1], "layer": choice} | shares
+
+    return layers, [flat(**row) for row in rows]

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -20,9 +20,6 @@ class Estimate:
     high: float
     n: int
     interval: str
-
-    def as_dict(self) -> dict[str, float | int | str]:
-        return asdict(self)
 
 
 def share(hits: Iterable[bool]) -> Estimate:
@@ -42,11 +39,8 @@ def mean(values: Sequence[float]) -> Estimate:
     numbers = torch.tensor(list(values), dtype=torch.float64)
     if not len(numbers):
         return Estimate(math.nan, math.nan, math.nan, 0, "bootstrap")
-    draws = torch.randint(len(numbers), (DRAWS, len(numbers)), generator=seeded())
+    seeded = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(numbers), (DRAWS, len(numbers)), generator=seeded)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = numbers[draws].mean(-1).quantile(ends).tolist()
     return Estimate(statistics.fmean(numbers.tolist()), low, high, len(numbers), "bootstrap")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from statistics import fmean, median
 
 from tinysteer.evaluation.checks import sentences
 from tinysteer.evaluation.selection import sweep_layers
-from tinysteer.experiments.intervals import mean, share
+from tinysteer.experiments.intervals import Estimate, mean, share
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
 from tinysteer.experiments.study import Ask, Study, Trial
@@ -17,6 +18,8 @@ from tinysteer.steering.vectors import SteeringVector
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the vector's norm: the sweep where the paper has none
 MORE_SHARES = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5)  # where all is tried
 SENTENCES = range(1, 6)
+ARMS = ("unsteered", "steered", "random")
+OF_RELATION = {"at most": "concise", "at least": "verbose"}  # "exactly" has one for each number
 DEPTH = 3 / 8  # of the model: layer 12 of 32
 TOKENS = 1024
 RELATIONS = {
@@ -34,9 +37,8 @@ class Lengths:
         self.vectors = {
             name: self.vector(name, wordings) for name, wordings in study.corpus.lengths.items()
         }
-        layers = (study.settings.layer, self.known.length_layer)
-        layer = next((layer for layer in layers if layer is not None), None)
-        self.layer = self._choose() if layer is None else layer
+        told = [L for L in (study.settings.layer, self.known.length_layer) if L is not None]
+        self.layer = told[0] if told else self._choose()
 
     def vector(self, name: str, wordings: Sequence[str]) -> SteeringVector:
         study, requests = self.study, self.study.corpus.texts("pairs")
@@ -44,10 +46,7 @@ class Lengths:
         return study.extract(model, name, asked, requests)
 
     def _choose(self) -> int:
-        """A layer as deep as the paper's; where all is tried, that of the shortest answers.
-
-        Those are validation answers, with the whole vector of conciseness.
-        """
+        """As deep as the paper's; where all is tried, that of the shortest validation answers."""
         study, n_layers = self.study, self.study.model.config.n_layers
         if not study.corpus.thorough:
             return int(DEPTH * n_layers)
@@ -64,7 +63,8 @@ class Lengths:
         """Weights: those given, the paper's, or shares of the vector's norm."""
         shares = MORE_SHARES if self.study.corpus.thorough else SHARES
         weights = self.study.settings.weights or self.known.length_sweep
-        return list(weights or (part * vector.at(self.layer).norm for part in shares))
+        norm = vector.at(self.layer).norm
+        return list(dict.fromkeys(weights or [part * norm for part in shares]))
 
     def weight(self, vector: SteeringVector) -> float:
         """For numbers of sentences: the paper's 20, or in other models half the norm."""
@@ -92,75 +92,50 @@ def run(study: Study) -> Findings:
 
 def sweep(study: Study, lengths: Lengths, prompts: Sequence[str]) -> tuple[Table, dict]:
     """Words of answers by weight."""
-    arms = []
+    trials = []
     for name, vector in lengths.vectors.items():
         control = vector.random_like(name)
         for weight in lengths.sweep(vector):
-            arms.append((name, weight, vector))
-            if weight:
-                arms.append((f"{name}, random", weight, control))
-    asks = [
-        Ask(prompt, lengths.edits(vector, weight), {"arm": name, "weight": weight, "row": i})
-        for name, weight, vector in arms
-        for i, prompt in enumerate(prompts)
-    ]
-    texts = study.answer(asks, study.settings.max_new_tokens or TOKENS)
+            arms = {name: vector} | ({f"{name}, random": control} if weight else {})
+            for arm, used in arms.items():
+                steer = lengths.edits(used, weight)
+                for i, prompt in enumerate(prompts):
+                    labels = {"arm": arm, "weight": weight, "row": i}
+                    trials.append(Trial(arm, weight, Ask(prompt, steer, labels), n_words))
     table, counts = Table("Words of an answer, by the weight that is added"), {}
-    for a, (name, weight, _) in enumerate(arms):
-        found = [n_words(text) for text in texts[a * len(prompts) : (a + 1) * len(prompts)]]
-        counts[f"{name} {weight:.3g}"] = found
-        table.rows.append(
-            {"": name, "weight": float(weight), "mean": mean(found), "median": median(found)}
-        )
+    words = study.tally(trials, TOKENS)
+    for arm, weight in dict.fromkeys((trial.group, trial.choice) for trial in trials):
+        numbers = counts[f"{arm} {weight:.3g}"] = words[arm][weight]
+        cells = {"mean": mean(numbers), "median": median(numbers)}
+        table.rows.append({"": arm, "weight": float(weight)} | cells)
     return table, counts
 
 
 def constraints(study: Study, lengths: Lengths, prompts: Sequence[str]) -> list[Table]:
     """Numbers of sentences, asked for in the prompt, unsteered, steered, and at random."""
-    exact = {
-        n: lengths.vector(f"{n} sentences", study.corpus.sentences_wordings("exactly", n))
-        for n in SENTENCES
-    }
-    vectors = {
-        "at most": dict.fromkeys(SENTENCES, lengths.vectors["concise"]),
-        "exactly": exact,
-        "at least": dict.fromkeys(SENTENCES, lengths.vectors["verbose"]),
-    }
     trials = []
-    for relation in RELATIONS:
-        for n in SENTENCES:
-            vector = vectors[relation][n]
-            arms = {
-                "unsteered": [],
-                "steered": lengths.edits(vector, lengths.weight(vector)),
-                "random": lengths.edits(control(vector, relation, n), lengths.weight(vector)),
-            }
-            asked = in_turn(prompts, study.corpus.sentences_wordings(relation, n))
-            check = partial(has_sentences, relation=relation, n=n)
-            for arm, edits in arms.items():
-                for i, prompt in enumerate(asked):
-                    labels = {"relation": relation, "n": n, "arm": arm, "row": i}
-                    trials.append(Trial((relation, n), arm, Ask(prompt, edits, labels), check))
+    for relation, n in product(RELATIONS, SENTENCES):
+        wordings = study.corpus.sentences_wordings(relation, n)
+        vector = lengths.vectors.get(OF_RELATION.get(relation))
+        vector = vector or lengths.vector(f"{n} sentences", wordings)
+        weight, control = lengths.weight(vector), vector.random_like(f"{relation} {n}")
+        edits = [], lengths.edits(vector, weight), lengths.edits(control, weight)
+        check = partial(has_sentences, relation=relation, n=n)
+        for arm, steer in zip(ARMS, edits, strict=True):
+            for i, prompt in enumerate(in_turn(prompts, wordings)):
+                labels = {"relation": relation, "n": n, "arm": arm, "row": i}
+                trials.append(Trial((relation, n), arm, Ask(prompt, steer, labels), check))
     hits = study.tally(trials, TOKENS)
-    arms = ("unsteered", "steered", "random")
+
+    def of_all_numbers(relation: str, arm: str) -> Estimate:
+        """A prompt counts once, with its share: its five answers are not independent."""
+        answers = zip(*(hits[relation, n][arm] for n in SENTENCES), strict=True)
+        return mean([100 * sum(row) / len(row) for row in answers])
+
+    whole = [{"": r} | {arm: of_all_numbers(r, arm) for arm in ARMS} for r in RELATIONS]
     each = [
-        {"": f"{relation} {n}"} | {arm: share(hits[relation, n][arm]) for arm in arms}
-        for relation in RELATIONS
-        for n in SENTENCES
-    ]
-    # Of all n together a prompt counts once, with its share: its five answers are not independent.
-    whole = [
-        {"": relation}
-        | {
-            arm: mean(
-                [
-                    100 * sum(answers) / len(answers)
-                    for answers in zip(*(hits[relation, n][arm] for n in SENTENCES), strict=True)
-                ]
-            )
-            for arm in arms
-        }
-        for relation in RELATIONS
+        {"": f"{relation} {n}"} | {arm: share(hits[relation, n][arm]) for arm in ARMS}
+        for relation, n in product(RELATIONS, SENTENCES)
     ]
     return [
         Table(f"Percent of the number of sentences asked for, n = 1 to {SENTENCES[-1]}", whole),
@@ -174,7 +149,3 @@ def n_words(text: str) -> int:
 
 def has_sentences(text: str, relation: str, n: int) -> bool:
     return bool(text.strip()) and RELATIONS[relation](len(sentences(text)), n)
-
-
-def control(vector: SteeringVector, relation: str, n: int) -> SteeringVector:
-    return vector.random_like(f"{relation} {n}")

@@ -19,12 +19,8 @@ from tinysteer.experiments.texts import Item, of_instruction
 from tinysteer.steering.edits import Edit
 
 LOWERCASE = "change_case:english_lowercase"
-NO_COMMA = "punctuation:no_comma"
-TWO = (  # formats that one answer can have
-    (LOWERCASE, NO_COMMA),
-    (LOWERCASE, "startend:quotation"),
-    ("change_case:english_capital", NO_COMMA),
-)
+CAPITALS, NO_COMMA = "change_case:english_capital", "punctuation:no_comma"
+TWO = ((LOWERCASE, NO_COMMA), (LOWERCASE, "startend:quotation"), (CAPITALS, NO_COMMA))
 TOKENS = 2048
 Checks = dict[str, Callable[[int, str], bool]]  # name -> whether row i's answer holds to it
 
@@ -37,29 +33,25 @@ def run(study: Study) -> Findings:
     vectors = instructions.all_instructed(study, study.model)
     wanted = [*dict.fromkeys([*of_instruction(items), LOWERCASE])]
     layers, validated = instructions.choose_layers(study, vectors, wanted)
+    way = vectors, layers
     by = "exclude" if study.corpus.thorough else "include"  # `words` says what each is good for
     choice, grid = words.choose_weight(study, "exclude", by)
-    notes = ["w/o, w/: the prompt is without or with both instructions."]
+    note = f"Words: {words.sentence(choice, by)}"
     if study.corpus.sentences:
         lengths = length.Lengths(study)
         concise = lengths.weight(lengths.vectors["concise"])
-        tables = [format_and_length(study, items, vectors, layers, lengths)]
-        notes.append(f"Conciseness: weight {concise:.3g} at layer {lengths.layer}.")
+        note = f"Conciseness: weight {concise:.3g} at layer {lengths.layer}. {note}"
+        tables = [format_and_length(study, items, way, lengths)]
     else:
-        tables = two_formats(study, items, vectors, layers)
-    tables.append(lowercase_and_word(study, vectors, layers, choice, by))
-    notes[-1] += f" Words: {words.told(choice, by[:-1] + 'sion')}"
+        tables = two_formats(study, items, way)
+    tables.append(lowercase_and_word(study, way, choice, by))
+    notes = ["w/o, w/: the prompt is without or with both instructions.", note]
     notes += formats.remarks(study, items, vectors)
-    validation = [formats.flat(row) for row in validated]
-    return Findings(tables, notes, {"layers": layers, "validation": validation, "weights": grid})
+    return Findings(tables, notes, {"layers": layers, "validation": validated, "weights": grid})
 
 
 def format_and_length(
-    study: Study,
-    items: Sequence[Item],
-    vectors: instructions.Vectors,
-    layers: instructions.Layers,
-    lengths: length.Lengths,
+    study: Study, items: Sequence[Item], way: formats.Way, lengths: length.Lengths
 ) -> Table:
     draw = random.Random(42)
     limits = [draw.randint(1, 5) for _ in items]
@@ -71,15 +63,13 @@ def format_and_length(
         return f"{items[i].prompt} {wordings[i % len(wordings)]}"
 
     def edits(i: int, setting: str, at_random: bool) -> list[Edit]:
-        name, made = items[i].instruction, []
-        if name in vectors:
-            made = vectors[name].edits(layers[setting][name], study.settings.where, at_random)
-        return made + lengths.edits(concise.random_like(i) if at_random else concise, weight)
+        shorter = lengths.edits(concise.random_like(i) if at_random else concise, weight)
+        return [*formats.edits(study, way, items[i].instruction, setting, at_random), *shorter]
 
     return both(
         study,
         "A format, and at most n sentences",
-        {"w/o": [item.request for item in items], "w/": [prompt(i) for i in range(len(items))]},
+        {"w/o": [item.request for item in items], "w/": [*map(prompt, range(len(items)))]},
         edits,
         {
             "format": lambda i, text: instructions.follows(items[i], text),
@@ -88,23 +78,14 @@ def format_and_length(
     )
 
 
-def lowercase_and_word(
-    study: Study,
-    vectors: instructions.Vectors,
-    layers: instructions.Layers,
-    choice: tuple[int, float] | None,
-    by: str,
-) -> Table:
+def lowercase_and_word(study: Study, way: formats.Way, choice: words.Choice, by: str) -> Table:
     items = words.builtin_items(study.corpus, "exclude", "test")[: study.settings.limit]
     wordings = study.corpus.formats[LOWERCASE]["wordings"]
 
     def edits(i: int, setting: str, at_random: bool) -> list[Edit]:
         word = words.vector_of(study, by, words.word_of(items[i]))
-        layer, where = layers[setting][LOWERCASE], study.settings.where
-        return [
-            *words.edits(study, word.random_like(i) if at_random else word, choice),
-            *vectors[LOWERCASE].edits(layer, where, at_random),
-        ]
+        away = words.edits(study, word.random_like(i) if at_random else word, choice)
+        return away + formats.edits(study, way, LOWERCASE, setting, at_random)
 
     asked = [f"{item.prompt} {wordings[i % len(wordings)]}" for i, item in enumerate(items)]
     return both(
@@ -119,12 +100,7 @@ def lowercase_and_word(
     )
 
 
-def two_formats(
-    study: Study,
-    items: Sequence[Item],
-    vectors: instructions.Vectors,
-    layers: instructions.Layers,
-) -> list[Table]:
+def two_formats(study: Study, items: Sequence[Item], way: formats.Way) -> list[Table]:
     """A table for each two that some request is asked for, each by an edit at its own layer."""
     by_name, tables = of_instruction(items), []
     for names in TWO:
@@ -133,9 +109,8 @@ def two_formats(
         asked = [first[r].prompt + second[r].prompt.removeprefix(r) for r in requests]
 
         def edits(i: int, setting: str, at_random: bool, names=names) -> list[Edit]:
-            where = study.settings.where
-            edits_of = (vectors[n].edits(layers[setting][n], where, at_random) for n in names)
-            return [edit for edits in edits_of for edit in edits]
+            first, second = (formats.edits(study, way, n, setting, at_random) for n in names)
+            return first + second
 
         checks = {
             name.split(":")[1]: lambda i, text, name=name: ifeval.follow([name], [{}], text)
@@ -167,8 +142,8 @@ def both(
     for (setting, arm), answers in study.tally(trials, TOKENS).items():
         columns = zip(checks, zip(*answers[""], strict=True), strict=True)
         shares = {name: share(column) for name, column in columns}
-        both_held = share(map(all, answers[""]))
-        table.rows.append({"": f"{setting}, {arm}"} | shares | {"both": both_held})
+        shares["both"] = share(map(all, answers[""]))
+        table.rows.append({"": f"{setting}, {arm}"} | shares)
     return table
 
 

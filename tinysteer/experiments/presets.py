@@ -8,22 +8,15 @@ from dataclasses import dataclass, field
 
 from tinysteer.experiments.texts import LANGUAGE
 
+FORMATS = """
+    change_case:capital_word_frequency change_case:english_capital change_case:english_lowercase
+    detectable_format:constrained_response detectable_format:json_format
+    detectable_format:multiple_sections detectable_format:number_bullet_lists
+    detectable_format:number_highlighted_sections detectable_format:title
+    punctuation:no_comma startend:end_checker startend:quotation
+"""
 LANGUAGES = "ar bg bn de fa fi gu hi it mr pa pt ru sw ta te th ur vi"
-INSTRUCTIONS = (
-    "change_case:capital_word_frequency",
-    "change_case:english_capital",
-    "change_case:english_lowercase",
-    "detectable_format:constrained_response",
-    "detectable_format:json_format",
-    "detectable_format:multiple_sections",
-    "detectable_format:number_bullet_lists",
-    "detectable_format:number_highlighted_sections",
-    "detectable_format:title",
-    "punctuation:no_comma",
-    "startend:end_checker",
-    "startend:quotation",
-    *(f"{LANGUAGE}_{iso}" for iso in LANGUAGES.split()),
-)
+INSTRUCTIONS = (*FORMATS.split(), *(f"{LANGUAGE}_{iso}" for iso in LANGUAGES.split()))
 NONE = "-"
 FORMAT = {  # model, setting -> a layer for each of INSTRUCTIONS
     ("phi-3-mini-4k-instruct", "w/o"): "18 28 18 - - - 20 26 - 10 - 26"
@@ -88,12 +81,12 @@ def preset(model: str, source: str | None = None) -> Preset:
     name = model.rstrip("/").split("/")[-1].lower()
     key = f"{name} from {source.rstrip('/').split('/')[-1].lower()}" if source else name
     layers = {
-        setting: dict(zip(INSTRUCTIONS, map(number, text.split()), strict=True))
+        setting: dict(zip(INSTRUCTIONS, numbers(text), strict=True))
         for (known, setting), text in FORMAT.items()
         if known == key
     }
     return Preset(layers, **OTHERS.get(name, {}))
 
 
-def number(text: str) -> int | None:
-    return None if text == NONE else int(text)
+def numbers(text: str) -> list[int | None]:
+    return [None if word == NONE else int(word) for word in text.split()]

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def shown(cell: Cell) -> str:
 
 def plain(cell: Cell) -> Any:
     if isinstance(cell, Estimate):
-        return {k: v for k, v in cell.as_dict().items() if v is not None and v == v}
+        return {k: v for k, v in asdict(cell).items() if v is not None and v == v}
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
@@ -125,9 +125,7 @@ def where(device: str) -> dict[str, str]:
 
 
 def processor() -> str:
-    with_name = Path("/proc/cpuinfo")
-    if with_name.exists():
-        for line in with_name.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -156,27 +156,25 @@ class Study:
 
     def vector(self, name: str, make: Callable[[], SteeringVector]) -> SteeringVector:
         """A vector, made once: a run that goes on takes the very same."""
-        if name in self.vectors:
-            return self.vectors[name]
-        file = self.out / "vectors" / (re.sub(r"\W+", "-", name) + ".safetensors")
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            unfinished = file.with_suffix(".new")
-            make().save(unfinished)
-            unfinished.replace(file)
-        self.vectors[name] = SteeringVector.load(file)
+        if name not in self.vectors:
+            file = self.out / "vectors" / (re.sub(r"\W+", "-", name) + ".safetensors")
+            if not file.exists():
+                file.parent.mkdir(exist_ok=True)
+                unfinished = file.with_suffix(".new")
+                make().save(unfinished)
+                unfinished.replace(file)
+            self.vectors[name] = SteeringVector.load(file)
         return self.vectors[name]
 
     def extract(
         self, model: LanguageModel, name: str, asked: Sequence[str], requests: Sequence[str]
     ) -> SteeringVector:
         """A vector of a model: requests with an instruction against the same without."""
-
-        def make() -> SteeringVector:
-            plain, size = self.plain(model, requests), self.settings.batch_size
-            return extract(model, asked, plain, name=name, batch_size=size)
-
-        return self.vector(f"{name} of {model.name}", make)
+        size = self.settings.batch_size
+        return self.vector(
+            f"{name} of {model.name}",
+            lambda: extract(model, asked, self.plain(model, requests), name=name, batch_size=size),
+        )
 
     def plain(self, model: LanguageModel, requests: Sequence[str]) -> MeanResiduals:
         """What requests leave in a model, run once: instructions may share them."""
@@ -187,10 +185,7 @@ class Study:
         return self.means[key]
 
     def tally(self, trials: Sequence[Trial], max_new_tokens: int) -> dict[Hashable, dict]:
-        """group -> choice -> what was seen in its answers, in order.
-
-        max_new_tokens: where the settings say nothing of it.
-        """
+        """group -> choice -> what was seen in its answers. The settings' limit comes first."""
         tokens = self.settings.max_new_tokens or max_new_tokens
         texts = self.answer([trial.ask for trial in trials], tokens)
         seen: dict[Hashable, dict[Any, list]] = {}

@@ -1,6 +1,6 @@
 """Transfer: a model steered by vectors of its instruction-tuned sibling (paper, section 7)."""
 
-from tinysteer.experiments.formats import NOTE, accuracies, flat, test_items
+from tinysteer.experiments.formats import NOTE, accuracies, test_items
 from tinysteer.experiments.instructions import all_instructed, choose_layers
 from tinysteer.experiments.report import Findings
 from tinysteer.experiments.study import Study
@@ -18,7 +18,7 @@ def run(study: Study) -> Findings:
         source = model.name if model is study.source else None
         layers, rows = choose_layers(study, vectors, wanted, source)
         ways[name] = (vectors, layers)
-        validated += [{"vectors": name} | flat(row) for row in rows]
+        validated += [{"vectors": name} | row for row in rows]
     notes = [NOTE, f"cross: vectors and targets of {study.source.name}; own: of the model itself."]
     layers = {name: way[1] for name, way in ways.items()}
     return Findings(

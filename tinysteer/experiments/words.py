@@ -11,6 +11,7 @@ from tinysteer.evaluation import ifeval
 from tinysteer.evaluation.selection import sweep_layers
 from tinysteer.experiments.choosing import choose
 from tinysteer.experiments.corpus import Corpus
+from tinysteer.experiments.instructions import SETTINGS
 from tinysteer.experiments.intervals import share
 from tinysteer.experiments.presets import preset
 from tinysteer.experiments.report import Findings, Table
@@ -26,13 +27,14 @@ N_PAIRS = 20  # requests that a word's vector is made of
 TOKENS = 1024
 DEPTHS = (0.55, 0.7, 0.85)  # of the model, where the paper has no layer for it
 SHARES = (0.5, 1.0, 1.5)  # of the vector's norm, likewise
+Choice = tuple[int, float] | None  # a layer and a weight; None: unsteered
 
 
 def word_of(item: Item) -> str:
-    found = item.kwargs.get(FIELDS[item.instruction]) or []
-    if len(found) != 1:
-        raise ValueError(f"{item.prompt:.60}...: words come one a prompt, not {found}")
-    return found[0]
+    words = item.kwargs.get(FIELDS[item.instruction]) or []
+    if len(words) != 1:
+        raise ValueError(f"{item.prompt:.60}...: words come one a prompt, not {words}")
+    return words[0]
 
 
 def vector_of(study: Study, kind: str, word: str) -> SteeringVector:
@@ -66,84 +68,70 @@ def follows(item: Item, text: str) -> bool:
     return ifeval.check(item.instruction_id, text, **item.kwargs)
 
 
-def edits(study: Study, vector: SteeringVector, choice: tuple[int, float] | None) -> list[Edit]:
-    """choice: a layer and a weight, or nothing."""
+def edits(study: Study, vector: SteeringVector, choice: Choice) -> list[Edit]:
     if choice is None or not choice[1]:
         return []
     return [vector.at(choice[0]).add(weight=choice[1], where=study.settings.where)]
 
 
 def grid(study: Study, kind: str, by: str) -> list[tuple[int, float] | None]:
-    """Layers and weights to try: those given, or some of the later layers and shares of a norm.
-
-    Where all is tried, every layer.
-    """
-    depth, layer = study.model.config.n_layers, study.settings.layer
-    layers = [int(part * depth) for part in DEPTHS] if layer is None else [layer]
-    if study.corpus.thorough and layer is None:
-        layers = sweep_layers(depth, study.settings.step)[1:]
-    sign = 1.0 if kind == by else -1.0
-    some = vector_of(study, by, study.corpus.with_words("validation")[0][1])
+    """Layers and weights to try: those given, or some later layers (or all), shares of a norm."""
+    depth, layers = study.model.config.n_layers, [study.settings.layer]
+    if layers == [None]:
+        every, some = sweep_layers(depth, study.settings.step)[1:], [int(d * depth) for d in DEPTHS]
+        layers = every if study.corpus.thorough else some
+    first = vector_of(study, by, study.corpus.with_words("validation")[0][1])
     return [None] + [
-        (L, sign * abs(weight))
-        for L in layers
-        for weight in study.settings.weights or (part * some.at(L).norm for part in SHARES)
+        (layer, abs(weight) if kind == by else -abs(weight))
+        for layer in layers
+        for weight in study.settings.weights or (part * first.at(layer).norm for part in SHARES)
     ]
 
 
-def choose_weight(
-    study: Study, kind: str, by: str = "include"
-) -> tuple[tuple[int, float] | None, list[dict]]:
+def choose_weight(study: Study, kind: str, by: str = "include") -> tuple[Choice, list[dict]]:
     """The paper's, or the best of the grid without the instruction in the prompt; and that grid.
 
     by: whose vectors, "include" or "exclude".
     """
-    known = getattr(preset(study.model.name), kind)
-    if known and study.settings.layer is None and study.settings.weights is None:
-        return known, []
+    told = getattr(preset(study.model.name), kind)
+    if told and study.settings.layer is None and study.settings.weights is None:
+        return told, []
     items = builtin_items(study.corpus, kind, "validation")[: study.settings.validation]
-    group = kind if by == "include" else f"{kind} by its own vector"
-    trials = [
-        Trial(
-            group,
-            choice,
-            Ask(
-                item.request,
-                edits(study, vector_of(study, by, word_of(item)), choice),
-                {"for": "validation", "kind": group, "choice": choice, "row": i},
-            ),
-            partial(follows, item),
-        )
-        for choice in grid(study, kind, by)
-        for i, item in enumerate(items)
-    ]
+    group, trials = kind if by == "include" else f"{kind} by its own vector", []
+    for choice in grid(study, kind, by):
+        for i, item in enumerate(items):
+            steer = edits(study, vector_of(study, by, word_of(item)), choice)
+            labels = {"for": "validation", "kind": group, "choice": choice, "row": i}
+            trials.append(
+                Trial(group, choice, Ask(item.request, steer, labels), partial(follows, item))
+            )
     chosen, rows = choose(study, trials)
     return chosen[group], rows
 
 
 def run(study: Study) -> Findings:
-    items = {kind: test_items(study, kind) for kind in KINDS}
-    if not any(items.values()):
+    items = {kind: rows for kind in KINDS if (rows := test_items(study, kind))}
+    if not items:
         raise ValueError(f"{study.settings.prompts} has no rows of {' or '.join(KINDS.values())}")
     table, notes, grids = Table("Accuracy in percent, strict"), [], []
     for kind, rows in items.items():
-        if rows:
-            choice, grid = choose_weight(study, kind)
-            own = choice and (choice[0], -choice[1])
-            notes.append(f"{kind}: {told(choice)}")
-            grids += grid
-            if study.corpus.thorough and kind == "exclude":
-                own, grid = choose_weight(study, kind, kind)
-                notes.append(f"{kind}: {told(own, 'exclusion')}")
-                grids += grid
-            table.rows += rows_of(study, kind, rows, choice, own)
+        choice, validated = choose_weight(study, kind)
+        own = choice and (choice[0], -choice[1])
+        notes.append(f"{kind}: {sentence(choice)}")
+        grids += validated
+        if study.corpus.thorough and kind == "exclude":
+            own, validated = choose_weight(study, kind, kind)
+            notes.append(f"{kind}: {sentence(own, kind)}")
+            grids += validated
+        table.rows += rows_of(study, kind, rows, choice, own)
     return Findings([table, *grid_table(grids)], notes, {"validation": grids})
 
 
-def told(choice: tuple[int, float] | None, by: str = "inclusion") -> str:
+def sentence(choice: Choice, by: str = "include") -> str:
     if choice is None:
         return "no weight beat no steering in validation, so all is unsteered."
-    return f"the word's {by} vector with weight {choice[1]:.3g} at layer {choice[0]}."
+    name = by.replace("de", "sion")
+    return f"the word's {name} vector with weight {choice[1]:.3g} at layer {choice[0]}."
 
 
 def grid_table(grid: Sequence[dict]) -> list[Table]:
@@ -157,36 +145,24 @@ def grid_table(grid: Sequence[dict]) -> list[Table]:
 
 
 def rows_of(
-    study: Study,
-    kind: str,
-    items: Sequence[Item],
-    choice: tuple[int, float] | None,
-    own: tuple[int, float] | None,
+    study: Study, kind: str, items: Sequence[Item], choice: Choice, own: Choice
 ) -> list[dict]:
     """The arms of one kind; "own" is the vector of requests to avoid the word."""
-    arms = ("unsteered", "steered", "random", *(["own"] if kind == "exclude" else []))
+    arms = {"unsteered": None, "steered": choice, "random": choice}
+    arms |= {"own": own} if kind == "exclude" else {}
     trials = []
-    for setting, text in (("w/o", "request"), ("w/", "prompt")):
+    for setting, text in SETTINGS.items():
         for arm in arms:
             for i, item in enumerate(items):
-                word = word_of(item)
-                vector = vector_of(study, "include", word)
-                steer = {
-                    "unsteered": lambda: [],
-                    "steered": lambda v=vector: edits(study, v, choice),
-                    "random": lambda v=vector, i=i: edits(study, v.random_like(i), choice),
-                    "own": lambda w=word: edits(study, vector_of(study, "exclude", w), own),
-                }[arm]()
+                vector = vector_of(study, "exclude" if arm == "own" else "include", word_of(item))
+                vector = vector.random_like(i) if arm == "random" else vector
                 labels = {"kind": kind, "setting": setting, "arm": arm, "row": i}
-                ask = Ask(getattr(item, text), steer, labels)
+                ask = Ask(getattr(item, text), edits(study, vector, arms[arm]), labels)
                 trials.append(Trial(setting, arm, ask, partial(follows, item)))
-    hits = study.tally(trials, TOKENS)
-    names = {"own": "by its own vector"}
+    columns = {arm: arm for arm in ("unsteered", "steered", "random")}
+    columns["own"] = "by its own vector"
     return [
         {"": f"{kind}, {setting} the instruction"}
-        | {
-            names.get(arm, arm): share(hits[setting][arm]) if arm in arms else None
-            for arm in ("unsteered", "steered", "random", "own")
-        }
-        for setting in ("w/o", "w/")
+        | {title: share(hits[arm]) if arm in arms else None for arm, title in columns.items()}
+        for setting, hits in study.tally(trials, TOKENS).items()
     ]
