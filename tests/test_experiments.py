@@ -1,20 +1,26 @@
 """The paper's experiments: texts, statistics, choices, resuming, and each run on tiny models."""
 
 import csv
+import hashlib
 import json
+import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from corpus import TOPICS
 
 import tinysteer as ts
+from tinysteer import experiments
 from tinysteer.cli import main
 from tinysteer.evaluation import quality
 from tinysteer.evaluation.selection import LOW_PERPLEXITY, choose_layer
 from tinysteer.experiments import (
     EXPERIMENTS,
     Settings,
+    corpus,
     geometry,
     instructions,
     length,
@@ -22,11 +28,11 @@ from tinysteer.experiments import (
     texts,
     words,
 )
-from tinysteer.experiments.choosing import Trial, choose
+from tinysteer.experiments.choosing import choose
 from tinysteer.experiments.intervals import mean, share
 from tinysteer.experiments.presets import INSTRUCTIONS, preset
 from tinysteer.experiments.report import Table
-from tinysteer.experiments.study import Ask, Study
+from tinysteer.experiments.study import Ask, Study, Trial
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -43,12 +49,12 @@ SMALL = Settings(
 
 @pytest.fixture
 def brief(monkeypatch):
-    """The built-in set with few requests and instructions, so that runs are short."""
-    whole = texts.built_in()
-    few = dict(list(whole["formats"].items())[1:3])
-    some = whole | {"formats": few, "languages": {}}
-    monkeypatch.setattr(texts, "built_in", lambda: some)
-    monkeypatch.setattr(texts, "PARTS", {"pairs": (0, 4), "validation": (4, 5), "test": (5, 9)})
+    """What all models are asked, with few requests and instructions, so that runs are short."""
+    whole, sizes = corpus.general(), {"pairs": 4, "validation": 1, "test": 4}
+    requests = {part: whole.requests[part][:n] for part, n in sizes.items()}
+    some = replace(whole, requests=requests, formats=dict([*whole.formats.items()][1:3]))
+    for module in (experiments, experiments.study):
+        monkeypatch.setattr(module, "corpus_for", lambda *models: some)
     return some
 
 
@@ -75,28 +81,100 @@ def test_a_mean_has_a_bootstraps_interval_and_always_the_same():
 # Texts.
 
 
-def test_the_built_in_set_is_as_large_as_it_must_be():
-    built_in = texts.built_in()
-    assert len(built_in["formats"]) == 12
-    assert all(len(form["wordings"]) >= 6 for form in built_in["formats"].values())
-    assert len(texts.requests("pairs")) >= 40
-    assert not {*texts.requests("pairs")} & {*texts.requests("test"), *texts.requests("validation")}
-    assert {*length.CLASSES.values()} <= {*built_in["length"]}
-    assert all(len(built_in["words"][kind]) >= 6 for kind in words.KINDS)
+CORPORA = {"general": corpus.general, "embedded": corpus.embedded}
 
 
-def test_every_instruction_says_what_its_check_needs():
-    for part in texts.PARTS:
-        items = texts.format_items(part)
+def test_the_general_corpus_is_as_large_as_it_must_be():
+    general = corpus.general()
+    languages = [name for name in general.formats if name.startswith(texts.LANGUAGE)]
+    assert (len(general.formats), len(languages)) == (18, 6)
+    pairs, validation, test = (general.texts(part) for part in corpus.PARTS)
+    assert len(pairs) >= 40
+    assert not {*pairs} & {*test, *validation}
+    named = [form for name, form in general.formats.items() if name not in languages]
+    assert all(len(form["wordings"]) >= 6 for form in named)
+
+
+def test_what_any_other_model_is_asked_stays_as_it_was(model):
+    """Of all prompts, as they were on 2026-11-26: results can be compared with earlier ones."""
+    asked, general = [], corpus.corpus_for(model)
+    for part in ("pairs", "validation", "test"):
+        items = [words.builtin_items(general, kind, part) for kind in words.KINDS]
+        rows = [
+            [[i.request, i.prompt, i.instruction, dict(i.kwargs)] for i in some]
+            for some in (general.format_items(part), *items)
+        ]
+        asked += rows[0] + general.texts(part) + rows[1] + rows[2]
+    for name in ("concise", "verbose"):
+        asked += texts.in_turn(general.texts("pairs"), general.lengths[name])
+    for relation in length.RELATIONS:
+        for n in length.SENTENCES:
+            asked += general.sentences_wordings(relation, n)
+    assert len(asked) == 1950
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    assert digest == "9a797a2f4e94c58775f5d8274d66542c8fc838dd089e5ff2dfbfab2c3218d34d"
+
+
+def topics(part: str) -> dict[str, bool]:
+    """Of the embedded models' requests: name -> whether it never met an instruction."""
+    named = {}
+    for request in corpus.embedded().texts(part):
+        (topic,) = (t for t in TOPICS if re.search(rf"\b{t.a}\b", request))
+        named[topic.name] = topic.held_out
+    return named
+
+
+def test_the_embedded_corpus_is_of_topics_that_the_models_know():
+    embedded = corpus.embedded()
+    sizes = {part: len(embedded.texts(part)) for part in corpus.PARTS}
+    assert sizes == {"pairs": 60, "validation": 8, "test": 40}
+    pairs, validation, test = map(topics, corpus.PARTS)
+    assert not pairs.keys() & test.keys()
+    assert not validation.keys() & test.keys()
+    assert all(test.values())
+    assert not any({**pairs, **validation}.values())
+    # Every test request meets every instruction, and one word to put in and one to keep out.
+    assert len(embedded.format_items("test")) == 40 * 5
+    assert {len(words.builtin_items(embedded, kind, "test")) for kind in words.KINDS} == {40}
+    assert not embedded.sentences
+
+
+@pytest.mark.parametrize("which", CORPORA)
+def test_every_instruction_says_what_its_check_needs(which):
+    asked = CORPORA[which]()
+    for part in corpus.PARTS:
+        items = asked.format_items(part)
         assert texts.checkable(items) == items
         assert all(item.prompt.startswith(f"{item.request} ") for item in items)
-    named = {item.instruction for item in texts.format_items("test")}
-    assert named == {*texts.of_instruction(texts.format_items("pairs"))}
+    named = {item.instruction for item in asked.format_items("test")}
+    assert named == {*texts.of_instruction(asked.format_items("pairs"))}
+    assert [*asked.lengths] == ["concise", "verbose"]
     for kind in words.KINDS:
-        for item in words.builtin_items(kind, "test"):
+        assert len(asked.words[kind]) >= 6
+        for item in words.builtin_items(asked, kind, "test"):
             word = words.word_of(item)
             assert word in item.prompt
             assert word not in item.request.lower()
+
+
+def test_the_embedded_models_have_defaults_of_their_own(lab, model, tmp_path):
+    ours = Study("test", lab.base_model, tmp_path / "ours", Settings(), source=lab.model)
+    assert (ours.corpus, ours.settings.where) == (corpus.embedded(), (0, 1))
+    assert (ours.settings.step, ours.settings.max_new_tokens) == (1, 112)
+    said = "where (0, 1), step 1, validation_tokens 112, max_new_tokens 112."
+    assert ours.notes[-1].endswith(said)
+    told = study(lab.model, tmp_path / "told", where="all", step=2, max_new_tokens=5)
+    assert (told.settings.where, told.settings.step, told.settings.max_new_tokens) == ("all", 2, 5)
+    assert told.notes == list(corpus.NOTES)
+    other = Study("test", model, tmp_path / "other", Settings())
+    assert other.corpus is corpus.general()
+    assert other.settings == Settings(where="all", step=2, validation_tokens=256)
+    assert not other.notes
+
+
+def test_a_folder_that_bears_an_embedded_models_name_is_another_model(lab):
+    bare = ts.LanguageModel(lab.model.decoder, lab.model.tokenizer, lab.model.name)
+    assert corpus.corpus_for(bare) is corpus.corpus_for(lab.model, bare) is corpus.general()
 
 
 @needs_shared
@@ -299,14 +377,14 @@ def test_words_are_put_in_by_a_positive_and_kept_out_by_a_negative_weight(
         return answer(self, asks, *rest)
 
     monkeypatch.setattr(Study, "answer", listen)
-    monkeypatch.setattr(words, "choose_weight", lambda _, __, kind: ((2, weights[kind]), []))
+    monkeypatch.setattr(words, "choose_weight", lambda _, kind: ((2, weights[kind]), []))
     run = study(lab.model, tmp_path, limit=2, max_new_tokens=2)
     words.run(run)
-    known, seen = words.Words(run), {}
+    seen = {}
     for ask in asked:
         kind, arm = ask.labels["kind"], ask.labels["arm"]
         word = words.word_of(words.test_items(run, kind)[ask.labels["row"]])
-        right = known.vector("exclude" if arm == "own" else "include", word).directions[2]
+        right = words.vector_of(run, "exclude" if arm == "own" else "include", word).directions[2]
         for edit in ask.edits:
             seen[kind, arm] = edit.move.bias, torch.equal(edit.direction, right)
     assert seen == {
@@ -403,6 +481,84 @@ def test_formats_are_steered_where_they_can_be(lab, tmp_path):
     assert row["w/o layer, steered"] == 2
 
 
+OURS = ("english_capital", "english_lowercase", "json_format", "quotation", "no_comma")
+
+
+def findings(experiment: str, out: Path, model, source=None, layers=(), **settings) -> list[dict]:
+    """The tables of a short run as it is by default; layers: one for each of OURS."""
+    chosen = dict(zip(corpus.CHECKED.values(), layers, strict=False))
+    if layers:
+        settings["layers"] = {"w/o": chosen, "w/": chosen}
+    reproduce(experiment, model, out, Settings(validation=2, **settings), source=source)
+    tables = json.loads((out / "summary.json").read_text())["tables"]
+    return [{row[""]: row for row in table["rows"]} for table in tables]
+
+
+def values(row: dict, *names: str) -> list[float]:
+    return [row[name]["value"] for name in names]
+
+
+def test_tiny_instruct_is_steered_to_each_format(lab, tmp_path):
+    _, each, _ = findings("format", tmp_path, lab.model, layers=(4, 2, 3, 3, 2), limit=10)
+    assert [name.split(":")[1] for name in each] == list(OURS)
+    for row in each.values():
+        assert values(row, "w/o unsteered", "w/o steered", "w/o random") == [0, 1, 0]
+
+
+def test_tiny_base_is_steered_by_the_vectors_of_tiny_instruct(lab, tmp_path):
+    with pytest.warns(UserWarning, match="steering tiny-base"):
+        whole, _, _ = findings(
+            "transfer", tmp_path, lab.base_model, lab.model, layers=(4, 3, 3, 3, 3), limit=10
+        )
+    cross, own, control, plain = values(
+        whole["all"], "w/o cross", "w/o own", "w/o random", "w/o unsteered"
+    )
+    assert cross >= 0.9
+    assert max(own, control, plain) <= 0.3
+
+
+def test_tiny_instruct_is_made_brief_and_verbose(lab, tmp_path):
+    """The layer is found by validation."""
+    settings = {"weights": (0.0, 40.0), "limit": 4}
+    reproduce("length", lab.model, tmp_path, Settings(validation=2, **settings))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "layer 1." in summary["notes"][0]
+    words, _ = summary["tables"]
+    by_arm = {(row[""], row["weight"]): row["mean"]["value"] for row in words["rows"]}
+    plain = by_arm["concise", 0.0]
+    assert by_arm["concise", 40.0] < plain / 2
+    assert by_arm["verbose", 40.0] > 1.4 * plain
+    for name in ("concise", "verbose"):
+        assert by_arm[f"{name}, random", 40.0] == pytest.approx(plain, rel=0.2)
+
+
+def test_words_are_put_into_what_tiny_instruct_says_and_kept_out(lab, tmp_path):
+    put, *_ = findings("words", tmp_path / "in", lab.model, layer=3, weights=(97.5,), limit=4)
+    plain, steered, control = values(
+        put["include, w/o the instruction"], "unsteered", "steered", "random"
+    )
+    assert steered >= 0.6
+    assert plain == control == 0
+    kept, *_ = findings("words", tmp_path / "out", lab.model, layer=1, weights=(43.6,), limit=4)
+    plain, own = values(kept["exclude, w/o the instruction"], "unsteered", "by its own vector")
+    assert own >= 0.8
+    assert plain <= 0.2
+
+
+def test_two_things_at_once_are_more_than_tiny_instruct_can_do(lab, tmp_path):
+    """Each alone may come; both are seldom kept, and never by chance."""
+    settings = {"layer": 1, "weights": (43.6,), "limit": 10}
+    *two, word, _ = findings("multi", tmp_path, lab.model, layers=(4, 2, 3, 3, 2), **settings)
+    assert len(two) == 3
+    for table in two:
+        assert values(table["w/o, unsteered"], "both") == [0]
+        assert values(table["w/, unsteered"], "both")[0] >= 0.6
+    assert values(two[0]["w/o, steered"], "english_lowercase")[0] >= 0.6
+    assert values(two[0]["w/o, random"], "english_lowercase", "both") == [0, 0]
+    assert values(word["w/o, steered"], "word")[0] >= 0.8
+    assert values(word["w/o, unsteered"], "word")[0] <= 0.2
+
+
 def test_similarity_is_what_brute_force_gives():
     torch.manual_seed(0)
     asked, plain = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
@@ -469,21 +625,18 @@ def test_answers_are_held_to_the_number_of_sentences():
 def test_the_command_prints_the_report_and_draws(brief, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "run"
-    command = ["reproduce", "similarity", "tiny-instruct", "--limit", "2", "--out", str(out)]
+    command = ["reproduce", "similarity", "--limit", "2", "--out", str(out)]
     assert main(command) == 0
     assert capsys.readouterr().out == (out / "report.md").read_text()
     assert (out / "similarity.png").stat().st_size > 1000
 
 
+BASE = ["-m", "tiny-base"]
 REFUSED = {
-    "transfer needs the model that vectors come from: --source": ["transfer", "tiny-base"],
-    "'middle' is none of all, prompt, generation, and not FIRST,STOP": [
-        "format",
-        "tiny-base",
-        "--where",
-        "middle",
-    ],
-    "no summary.json of `reproduce format`": ["format", "tiny-base", "--layers", __file__],
+    "transfer needs the model that vectors come from: --source": ["transfer", *BASE],
+    "'middle' is none of all, prompt, generation": ["format", *BASE, "--where", "middle"],
+    "not a summary.json of `reproduce format`": ["format", *BASE, "--layers", __file__],
+    "takes its model by -m: tinysteer reproduce format -m tiny-base": ["format", "tiny-base"],
 }
 
 
@@ -491,3 +644,11 @@ REFUSED = {
 def test_what_is_wrong_is_one_sentence(message, tmp_path, capsys):
     assert main(["reproduce", *REFUSED[message], "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_command_takes_any_window(brief, tmp_path):
+    for window, where in {"generation": "generation", "0,1": [0, 1], ",5": [None, 5]}.items():
+        out = tmp_path / window
+        command = ["reproduce", "similarity", "--limit", "2", "--where", window, "--out", str(out)]
+        assert main(command) == 0
+        assert json.loads((out / "summary.json").read_text())["settings"]["where"] == where
