@@ -533,13 +533,13 @@ def test_tiny_instruct_is_made_brief_and_verbose(lab, tmp_path):
 
 
 def test_words_are_put_into_what_tiny_instruct_says_and_kept_out(lab, tmp_path):
-    put, *_ = findings("words", tmp_path / "in", lab.model, layer=3, weights=(97.5,), limit=4)
+    put, *_ = findings("words", tmp_path / "in", lab.model, layer=3, weights=(97.5,), limit=5)
     plain, steered, control = values(
         put["include, w/o the instruction"], "unsteered", "steered", "random"
     )
     assert steered >= 0.6
     assert plain == control == 0
-    kept, *_ = findings("words", tmp_path / "out", lab.model, layer=1, weights=(43.6,), limit=4)
+    kept, *_ = findings("words", tmp_path / "out", lab.model, layer=1, weights=(43.6,), limit=5)
     plain, own = values(kept["exclude, w/o the instruction"], "unsteered", "by its own vector")
     assert own >= 0.8
     assert plain <= 0.2
@@ -553,7 +553,7 @@ def test_two_things_at_once_are_more_than_tiny_instruct_can_do(lab, tmp_path):
     for table in two:
         assert values(table["w/o, unsteered"], "both") == [0]
         assert values(table["w/, unsteered"], "both")[0] >= 0.6
-    assert values(two[0]["w/o, steered"], "english_lowercase")[0] >= 0.6
+    assert values(two[0]["w/o, steered"], "english_lowercase")[0] >= 0.5
     assert values(two[0]["w/o, random"], "english_lowercase", "both") == [0, 0]
     assert values(word["w/o, steered"], "word")[0] >= 0.8
     assert values(word["w/o, unsteered"], "word")[0] <= 0.2
