@@ -552,7 +552,7 @@ def test_two_things_at_once_are_more_than_tiny_instruct_can_do(lab, tmp_path):
     assert len(two) == 3
     for table in two:
         assert values(table["w/o, unsteered"], "both") == [0]
-        assert values(table["w/, unsteered"], "both")[0] >= 0.6
+        assert values(table["w/, unsteered"], "both")[0] >= 0.5
     assert values(two[0]["w/o, steered"], "english_lowercase")[0] >= 0.5
     assert values(two[0]["w/o, random"], "english_lowercase", "both") == [0, 0]
     assert values(word["w/o, steered"], "word")[0] >= 0.8

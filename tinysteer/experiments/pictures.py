@@ -38,6 +38,8 @@ def panels(out: Path, name: str, width: float, height: float, n: int = 1) -> Ite
     size = {"figsize": (width, height), "layout": "constrained"}
     chart, axes = plt.subplots(1, n, squeeze=False, sharey=True, **size)
     yield list(axes[0])
+    if axes[0][-1].get_legend_handles_labels()[0]:  # beside the axes, where it hides nothing
+        axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     chart.savefig(out / f"{name}.png", dpi=120)
     plt.close(chart)
 
@@ -65,19 +67,18 @@ def bars(title: str, rows: Sequence[dict], out: Path) -> None:
         axes.set_xticks(range(len(rows)), [str(row[""]).split(":")[-1] for row in rows])
         axes.tick_params(axis="x", rotation=30 if len(rows) > 3 else 0)
         axes.set(ylabel="percent", ylim=(0, 105), title=title)
-        axes.legend(fontsize="small")
 
 
 def histograms(words: dict[str, list[int]], out: Path) -> None:
     """Words of answers, one histogram a weight."""
     top = max(max(numbers) for numbers in words.values()) + 1
     bins = [top * i / 24 for i in range(25)]
-    with panels(out, "lengths", 7, 4) as (axes,):
+    with panels(out, "lengths", 8, 4) as (axes,):
         for name, numbers in words.items():
             if "random" not in name:
-                axes.hist(numbers, bins, histtype="step", label=name)
+                style = "--" if name.startswith("verbose") else "-"  # ten colours are too few
+                axes.hist(numbers, bins, histtype="step", label=name, linestyle=style)
         axes.set(xlabel="words of an answer", ylabel="answers")
-        axes.legend(fontsize="small")
 
 
 def lines(curves: dict[str, dict[str, list[float]]], out: Path) -> None:
@@ -88,7 +89,6 @@ def lines(curves: dict[str, dict[str, list[float]]], out: Path) -> None:
                 axes.plot(values, label=label)
             axes.set(xlabel="layer", title=name.split(":")[-1])
         row[0].set_ylabel("mean cosine")
-        row[0].legend(fontsize="small")
 
 
 def heat_map(validation: Sequence[dict[str, Any]], out: Path, name: str) -> None:
