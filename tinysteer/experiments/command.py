@@ -18,7 +18,7 @@ def add_parser(commands) -> None:
         "reproduce", help="an experiment of the paper, on any model, in a folder"
     )
     one.add_argument("experiment", choices=EXPERIMENTS)
-    one.add_argument("positional", nargs="?", help=argparse.SUPPRESS)  # the model, before 0.2
+    one.add_argument("positional", nargs="?", help=argparse.SUPPRESS)  # where the model stood once
     one.add_argument(
         "-m", "--model", default=MODEL, help=f"a folder, a Hub id or an embedded model ({MODEL})"
     )
