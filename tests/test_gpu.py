@@ -77,7 +77,10 @@ def test_two_threads_share_a_model(models):
     expected = [host.complete(PROMPTS, edits, **OPTIONS) for edits in (None, steer)]
 
     def answer(i):
-        texts[i] = card.complete(PROMPTS, (None, steer)[i % 2], **OPTIONS)
+        try:
+            texts[i] = card.complete(PROMPTS, (None, steer)[i % 2], **OPTIONS)
+        except Exception as error:
+            texts[i] = error
 
     threads = [threading.Thread(target=answer, args=[i]) for i in range(6)]
     for thread in threads:

@@ -81,7 +81,7 @@ class DecodingPool:
 
     def clear(self) -> None:
         """Let go of the steps that wait, and of their memory."""
-        with self.lock:
+        with self.graphs.lock, self.lock:
             self.free.clear()
 
     @contextmanager
@@ -101,12 +101,12 @@ class DecodingPool:
         try:
             yield step
         finally:
-            with self.lock:
+            with self.graphs.lock, self.lock:  # none is freed while another thread captures
                 self.free = [step, *self.free][:KEPT]
 
     def _kept(self, rows: int, length: int) -> Decoding | None:
         key = weights_key(self.decoder)
-        with self.lock:
+        with self.graphs.lock, self.lock:
             self.free = [step for step in self.free if step.key == key]
             for i, step in enumerate(self.free):
                 if (step.rows, step.length) == (rows, length):

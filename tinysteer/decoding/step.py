@@ -8,6 +8,7 @@ On a CPU the same step runs as it is.
 """
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -124,8 +125,17 @@ class Decoding:
             self.logprobs = torch.zeros(rows)  # of what was chosen
             self.stops = torch.zeros(decoder.config.vocab_size, dtype=torch.bool)
             start = torch.full((rows,), length)
+        self.host = itertools.cycle([self._pinned() for _ in range(self.lag + 2)])
         self.cache = Cache(decoder, start, 1, length)
         self.steering = SteeringBuffers(decoder.embed.weight, decoder.config.n_layers, rows, fixed)
+
+    def _pinned(self) -> list[Tensor]:
+        """Where a step's choices arrive on the host. Made once: memory that is freed while another
+        thread captures would leave a mark in that graph.
+        """
+        pin = self.tokens.is_cuda
+        like = self.chosen, self.logprobs
+        return [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=pin) for t in like]
 
     @property
     def device(self) -> torch.device:
@@ -238,19 +248,17 @@ class Decoding:
 
         A row that is done has NOTHING there, one whose logits are not finite BROKEN.
         """
-        both = self.chosen[: self.n], self.logprobs[: self.n]
-        if not self.chosen.is_cuda:
-            both = both[0].clone(), both[1].clone()
-            return lambda: (both[0].tolist(), both[1].tolist())
-        host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True) for t in both]
-        for there, here in zip(host, both, strict=True):
-            there.copy_(here, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        n, (chosen, logprobs) = self.n, next(self.host)
+        chosen.copy_(self.chosen, non_blocking=True)
+        logprobs.copy_(self.logprobs, non_blocking=True)
+        arrived = torch.cuda.Event() if self.chosen.is_cuda else None
+        if arrived:
+            arrived.record()
 
         def wait() -> tuple[list[int], list[float]]:
-            arrived.synchronize()
-            return host[0].tolist(), host[1].tolist()
+            if arrived:
+                arrived.synchronize()
+            return chosen[:n].tolist(), logprobs[:n].tolist()
 
         return wait
 
