@@ -635,7 +635,7 @@ def test_the_command_prints_the_report_and_draws(brief, tmp_path, capsys):
 BASE = ["-m", "tiny-base"]
 REFUSED = {
     "transfer needs the model that vectors come from: --source": ["transfer", *BASE],
-    "'middle' is none of all, prompt, generation": ["format", *BASE, "--where", "middle"],
+    "'middle' is none of all, prompt, last, generation": ["format", *BASE, "--where", "middle"],
     "not a summary.json of `reproduce format`": ["format", *BASE, "--layers", __file__],
     "takes its model by -m: tinysteer reproduce format -m tiny-base": ["format", "tiny-base"],
 }

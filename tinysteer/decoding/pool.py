@@ -108,9 +108,9 @@ class DecodingPool:
         key = weights_key(self.decoder)
         with self.graphs.lock, self.lock:
             self.free = [step for step in self.free if step.key == key]
-            for i, step in enumerate(self.free):
-                if (step.rows, step.length) == (rows, length):
-                    return self.free.pop(i)
+            sizes = [(step.rows, step.length) for step in self.free]
+            if (rows, length) in sizes:
+                return self.free.pop(sizes.index((rows, length)))
             del self.free[KEPT - 1 :]  # before there is another cache beside theirs
         return None
 
