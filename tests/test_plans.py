@@ -69,18 +69,18 @@ def test_the_command_line_takes_a_plan(vectors, model, checkpoint, tmp_path, cap
 
 WRONG = {
     "no list": ({"edits": {}}, "'edits' must be a list"),
-    "a key misspelt": ({"edit": []}, "'edit' is no key of a plan"),
-    "another key": ({"edits": [], "layers": 1}, "'layers' is no key of a plan"),
+    "a key misspelt": ({"edit": []}, "'edit' is not a key of a plan"),
+    "another key": ({"edits": [], "layers": 1}, "'layers' is not a key of a plan"),
     "no object": ({"edits": [1]}, r"edits\[0\] is 1, not an object"),
     "no vector": ({"edits": [{"layer": 1, "verb": "add"}]}, r"edits\[0\].vector is missing"),
     "no verb": ({"edits": [{"vector": "a", "layer": 1}]}, r"edits\[0\].verb is missing"),
     "a needed key misspelt": (
         {"edits": [{"vector": "a", "layr": 1, "verb": "add"}]},
-        r"edits\[0\].layer is missing; 'layr' is no key",
+        r"edits\[0\].layer is missing; 'layr' is not a key",
     ),
     "unknown verb": ({"edits": [entry(verb="push")]}, r"edits\[0\].verb is 'push'; .* one of add"),
-    "misspelt": ({"edits": [entry(), entry(wieght=1)]}, r"edits\[1\].wieght is no key of add"),
-    "another verb's": ({"edits": [entry(alpha=1)]}, r"edits\[0\].alpha is no key of add"),
+    "misspelt": ({"edits": [entry(), entry(wieght=1)]}, r"edits\[1\].wieght is not a key of add"),
+    "another verb's": ({"edits": [entry(alpha=1)]}, r"edits\[0\].alpha is not a key of add"),
     "a number as text": (
         {"edits": [entry(weight="1")]},
         r"edits\[0\].weight is '1'; it must be a finite num",

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def extract(
     differences are largest in the mean square (uncentred), pointing the mean difference's way,
     which keeps every prompt's states: 8 n_layers D bytes a pair. name: what to call the vector.
     """
-    sides = {"with_instruction": with_instruction, "without": without}
+    sides: dict[str, Any] = {"with_instruction": with_instruction, "without": without}
     check_sides(model, sides, method, chat)
     digests = [s.digest if isinstance(s, MeanResiduals) else digest(s) for s in sides.values()]
     if size(without) and digests[0] == digests[1]:
@@ -147,15 +148,21 @@ def extract(
         "tinysteer": VERSION,
     }
     metadata = {key: value for key, value in metadata.items() if value}
-    run = mean_residuals if method == "mean" else all_residuals
-    how = {"chat": chat, "batch_size": batch_size}
-    sampled = [s if isinstance(s, MeanResiduals) else run(model, s, **how) for s in sides.values()]
-    means = [side.mean if method == "mean" else side.mean(1) for side in sampled]
-    if torch.equal(*means):
-        raise ValueError(SAME)
     if method == "mean":
-        return SteeringVector._from_means(*means, metadata)
-    return SteeringVector._along(principal(sampled[0] - sampled[1]), *means, metadata)
+        means = [
+            side
+            if isinstance(side, MeanResiduals)
+            else mean_residuals(model, side, chat=chat, batch_size=batch_size)
+            for side in sides.values()
+        ]
+        a, b = (side.mean for side in means)
+        directions = a.double() - b.double()
+    else:
+        x, y = (all_residuals(model, side, chat, batch_size) for side in sides.values())
+        a, b, directions = x.mean(1), y.mean(1), principal(x - y)
+    if torch.equal(a, b):
+        raise ValueError(SAME)
+    return SteeringVector._along(directions, a, b, metadata)
 
 
 def size(side: Side) -> int:

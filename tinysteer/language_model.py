@@ -1,26 +1,24 @@
 """The front door: `load`, and the language model that it returns, a decoder with its tokenizer."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from typing_extensions import Unpack  # comes with torch
 
-from tinysteer.decoding.explanation import Asked, Explanation, Read, directions_of, explain
+from tinysteer.decoding.explanation import Explanation, Read, directions_of, explain
 from tinysteer.decoding.generation import Options, check_lengths, decode, per_prompt, settled
 from tinysteer.decoding.pool import DecodingPool
-from tinysteer.decoding.sampling import Sampler
 from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device, parse_dtype
 from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
 from tinysteer.model.cache import Cache
 from tinysteer.model.config import Config
 from tinysteer.model.decoder import CHUNK, Decoder, Seam
 from tinysteer.model.recorder import Recorder
-from tinysteer.steering.batch import Changing, Rows, Steer, changes, check_fit, per_row, seam
+from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
 from tinysteer.steering.edits import Edit
 from tinysteer.text.streaming import Answer, TextStream
 from tinysteer.text.tokenizer import Prompt, Tokenizer
@@ -168,44 +166,30 @@ class LanguageModel:
         def edits(n: int) -> list[list[Edit]]:
             return self._edits(steer(n), len(ids)) if n and changes(steer) else first
 
-        stop = [*options["stop"], *(self.tokenizer.stop_strings if options["chat"] else ())]
+        stop = [*(options["stop"] or ()), *(self.tokenizer.stop_strings if options["chat"] else ())]
         ends = self.tokenizer.stop_ids, stop
         texts = [TextStream(self.tokenizer.decode, limit, *ends) for limit in limits]
-        return texts, self._pieces(ids, texts, edits, seeds, options)
+        return texts, decode(self.pool, ids, texts, edits, options, seeds)
 
-    def _pieces(
-        self,
-        ids: list[list[int]],
-        texts: list[TextStream],
-        edits: Callable[[int], Rows],
-        seeds: list[int | None],
-        options: Options,
-    ) -> Iterator[tuple[int, str]]:
-        # Prompts of like length share a batch; rows that may not get a token need none.
-        order = sorted((i for i in range(len(ids)) if texts[i].limit), key=lambda i: len(ids[i]))
-        size = options["batch_size"]
-        batches = [order[at : at + size] for at in range(0, len(order), size)]
-        for batch in tqdm(batches, "batches", leave=False, disable=None if batches[1:] else True):
-            sampler = None
-            if options["temperature"]:
-                draws = [seeds[i] for i in batch], max(texts[i].limit for i in batch)
-                cuts = options["top_k"], options["top_p"], options["min_p"]
-                sampler = Sampler(*draws, options["temperature"], *cuts, self.device)
-
-            def of_batch(n: int, batch: list[int] = batch) -> Rows:
-                rows = edits(n)
-                return [rows[i] for i in batch]
-
-            own = [ids[i] for i in batch], [texts[i] for i in batch]
-            how = {"graph": options["graph"], "kernels": options["kernels"]}
-            for row, piece in decode(self.pool, *own, of_batch, sampler, **how):
-                yield batch[row], piece
-
-    @overload
-    def explain(self, prompts: str, steer: Steer = ..., **how: Unpack[Asked]) -> Explanation: ...
     @overload
     def explain(
-        self, prompts: Sequence[Prompt], steer: Steer = ..., **how: Unpack[Asked]
+        self,
+        prompts: str,
+        steer: Steer = ...,
+        *,
+        read: Read = ...,
+        max_new_tokens: int = ...,
+        chat: bool = ...,
+    ) -> Explanation: ...
+    @overload
+    def explain(
+        self,
+        prompts: Sequence[Prompt],
+        steer: Steer = ...,
+        *,
+        read: Read = ...,
+        max_new_tokens: int = ...,
+        chat: bool = ...,
     ) -> list[Explanation]: ...
     def explain(
         self,
@@ -219,17 +203,20 @@ class LanguageModel:
         """What the edits do to each token: which are moved, how far, and what that does to the
         next one. One `Explanation` for a string, a list for a list.
 
-        read: directions, such as vector.at(15), to be read off every token before any edit.
+        read: directions, such as vector.at(15), to be read off every token without the edits.
         max_new_tokens: greedy new tokens, made with the edits, that are shown too, up to a stop
         id. chat: as in `Options`. Errors as for `generate`.
         """
-        ids = self._ids(prompts, chat)
-        edits, directions = self._edits(steer, len(ids)), directions_of(read)
+        ids, directions = self._ids(prompts, chat), directions_of(read)
+        rows = self._edits(steer, len(ids))
         self._edits([direction.ablate() for direction in directions], 1)  # whether they fit
         limits = per_prompt("max_new_tokens", max_new_tokens, len(ids))
         check_lengths(ids, limits, self.config.context_length)
-        explanations = explain(self.pool, self.tokenizer, ids, edits, directions, limits)
-        return explanations[0] if isinstance(prompts, str) else explanations
+        told = [
+            explain(self.pool, self.tokenizer, ids[i], rows[i], directions, limits[i])
+            for i in range(len(ids))
+        ]
+        return told[0] if isinstance(prompts, str) else told
 
     @torch.no_grad()
     def logits(

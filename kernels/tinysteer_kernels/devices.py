@@ -23,10 +23,10 @@ try:
     import triton.language as tl
 except ImportError:  # or macOS, or Windows
 
-    class triton:  # noqa: N801
+    class triton:  # type: ignore[no-redef] # noqa: N801
         jit = staticmethod(lambda function: function)
 
-    class tl:  # noqa: N801
+    class tl:  # type: ignore[no-redef] # noqa: N801
         constexpr = int
 
 

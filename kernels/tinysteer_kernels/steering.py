@@ -131,7 +131,7 @@ def moved_by(h, at, now, entry, column, bank_ptr, tables_ptr, K, D: tl.constexpr
             gram = ()  # rows of the block, which are its columns: read before the reduction's wait
             for j in tl.static_range(BLOCK_K - 1):
                 g = tl.load(line(tables_ptr, entry, 7 + k0 + j, K) + k)
-                gram += (g.to(tl.float32, bitcast=True),)
+                gram += (g.to(tl.float32, bitcast=True),)  # type: ignore[assignment]
             # Directions are read twice, which is cheap while they stay in the cache: kept for the
             # second use, they would crowd the registers.
             p = tl.zeros((BLOCK_T * BLOCK_K,), tl.float32)

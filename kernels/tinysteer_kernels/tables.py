@@ -38,7 +38,7 @@ class Move(NamedTuple):
     Ablation: slope=1.
     """
 
-    index: int = -1  # of the direction in the bank; -1: no move
+    index: int = -1  # type: ignore[assignment] # of the direction in the bank; -1: no move
     bias: float = 0.0
     slope: float = 0.0
     low: float = -inf
@@ -176,8 +176,10 @@ def fill_gram(packed: Tensor, bank: Tensor) -> None:
     i, j = index[several, :, None], index[several, None]
     pairs, of = (torch.minimum(i, j) * N + torch.maximum(i, j)).unique(return_inverse=True)
     parts = pairs.clamp(min=0).to(bank.device).split(max(AT_ONCE // max(bank.shape[1], 1), 1))
-    dots = [torch.linalg.vecdot(*(bank[n].double() for n in (p // N, p % N))) for p in parts]
-    dots = torch.cat(dots).float().cpu().where(pairs >= 0, 0.0)  # below 0: with a slot of no move
+    both = [(bank[p // N].double(), bank[p % N].double()) for p in parts]
+    dots = (
+        torch.cat([torch.linalg.vecdot(u, v) for u, v in both]).float().cpu().where(pairs >= 0, 0.0)
+    )  # below 0: with a slot of no move
     packed.view(torch.float32)[several, FIELDS:] = dots[of]
 
 

@@ -6,7 +6,7 @@ T  positions of a row     K  its edits     R  directions that are read
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +17,11 @@ from tinysteer.decoding.scoring import logprobs_of
 from tinysteer.decoding.step import Batch, decode_tokens
 from tinysteer.model.cache import Cache
 from tinysteer.model.decoder import CHUNK, Norms, Seam, unsteered
-from tinysteer.steering.batch import Rows, seam
+from tinysteer.steering.batch import seam
 from tinysteer.steering.edits import Direction, Edit
 from tinysteer.text.tokenizer import Tokenizer
 
 Read = Direction | Sequence[Direction]
-
-
-class Asked(TypedDict, total=False):
-    """What `LanguageModel.explain` takes by keyword."""
-
-    read: Read
-    max_new_tokens: int
-    chat: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +117,7 @@ def directions_of(read: Read) -> list[Direction]:
 
 
 class Watching:
-    """A seam that keeps the states which edits meet at some layers, each a list of (B, T, D)."""
+    """A seam that keeps the states which edits meet at some layers, each a list of (1, T, D)."""
 
     def __init__(self, steer: Seam, layers: set[int]):
         self.steer, self.met = steer, {layer: list[Tensor]() for layer in layers}
@@ -137,94 +129,75 @@ class Watching:
             self.met[layer].append((x + norms.post(delta)).cpu())
         return self.steer(x, delta, norms, layer, position)
 
-    def states(self, row: int, first: int, stop: int) -> dict[int, Tensor]:
-        """Each layer's (T, D) float64 in a row's columns."""
-        return {L: torch.cat(x, dim=1)[row, first:stop].double() for L, x in self.met.items()}
-
 
 @torch.no_grad()
 def explain(
     pool: DecodingPool,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    rows: Rows,
+    prompt: Sequence[int],
+    edits: Sequence[Edit],
     read: list[Direction],
-    limits: Sequence[int],
-) -> list[Explanation]:
+    limit: int,
+) -> Explanation:
     """Run token ids with their edits, and greedily so many new tokens; then all that was run once
     more at one go, with the edits and without.
     """
-    decoder, like = pool.decoder, pool.decoder.embed.weight
-    batch = Batch.of(prompts, decoder, limits, tokenizer.stop_ids)
-    new: list[list[int]] = [[] for _ in prompts]
-    if max(limits):
-        with pool.take(len(prompts), batch.length) as decoding:
-            for chosen, _ in decode_tokens(decoding, batch, lambda n: rows):
-                for ids, token in zip(new, chosen, strict=True):
-                    ids += [token] * (token >= 0)
-    (B, T), most = batch.tokens.shape, max(map(len, new))
-    behind = torch.tensor([ids + [0] * (most - len(ids)) for ids in new], device="cpu").long()
-    tokens = torch.cat([batch.tokens, behind.reshape(B, most)], dim=1).to(like.device)
-    stop = T + max(most - 1, 0)  # the last new token is never run
-    seams = (
-        Watching(unsteered, {v.layer for v in read}),
-        Watching(seam(rows, like), {edit.layer for row in rows for edit in row}),
-    )
+    decoder, like, new = pool.decoder, pool.decoder.embed.weight, list[int]()
+    if limit:
+        batch = Batch.of([prompt], decoder, [limit], tokenizer.stop_ids)
+        with pool.take(1, batch.length) as decoding:
+            chosen = decode_tokens(decoding, batch, lambda n: [edits])
+            new = [token for (token,), _ in chosen if token >= 0]
+    ids = [*prompt, *new]
+    tokens = torch.tensor([ids[:-1] if new else ids], device=like.device)  # the last new is not run
+    plain = Watching(unsteered, {v.layer for v in read})
+    steered = Watching(seam([edits], like), {edit.layer for edit in edits})
     ends = []
-    for watching in seams:
-        cache = Cache(decoder, batch.start, T, tokens.shape[1])
-        parts = [decoder(part, cache, watching) for part in tokens[:, :stop].split(CHUNK, dim=1)]
+    for watching in (plain, steered):
+        cache = Cache(decoder, torch.zeros(1, dtype=torch.long), len(prompt), tokens.shape[1])
+        parts = [decoder(part, cache, watching) for part in tokens.split(CHUNK, dim=1)]
         ends.append(torch.cat(parts, dim=1))
-    likeliest = decoder.logits(ends[1][:, T - 1 : T])[:, 0].argmax(-1, keepdim=True)
-    following = tokens[:, 1:] if most else torch.cat([tokens[:, 1:], likeliest], dim=1)
-    odds = torch.stack([logprobs_of(decoder, h, following).exp().cpu() for h in ends])
-    told = []
-    for b, (prompt, ids) in enumerate(zip(prompts, new, strict=True)):
-        first, last = T - len(prompt), T + max(len(ids) - 1, 0)
-        positions = [*range(1 - len(prompt), 1 + len(ids))]
+    likeliest = int(decoder.logits(ends[1][:, -1:]).argmax())
+    following = torch.tensor([[*ids[1:], *([] if new else [likeliest])]], device=like.device)
+    odds = torch.cat([logprobs_of(decoder, h, following).exp().cpu() for h in ends])
+    positions = [*range(1 - len(prompt), 1 + len(new))]
+    states = {L: torch.cat(met, 1)[0].double() for L, met in plain.met.items()}
+    readings = [states[v.layer] @ v.direction.cpu().double() for v in read]
+    states = {L: torch.cat(met, 1)[0].double() for L, met in steered.met.items()}
+    moves = replay(states, edits, torch.tensor(positions[: tokens.shape[1]]), like.dtype)
 
-        def whole(numbers: Tensor, n: int = len(positions)) -> Tensor:
-            """(..., columns that were run) -> float32, nan for the rest."""
-            return F.pad(numbers.float(), (0, n - numbers.shape[-1]), value=float("nan"))
+    def whole(rows: Sequence[Tensor]) -> Tensor:
+        """Rows of what was run -> (rows, T) float32, nan for the rest."""
+        numbers = torch.stack([*rows]) if len(rows) else torch.zeros(0, tokens.shape[1])
+        return F.pad(numbers.float(), (0, len(ids) - tokens.shape[1]), value=float("nan"))
 
-        before, d, length = replay(seams[1].states(b, first, last), rows[b], positions, like.dtype)
-        states, readings = (
-            seams[0].states(b, first, last),
-            torch.zeros(len(read), last - first, device="cpu"),
-        )
-        for reading, v in zip(readings, read, strict=True):
-            reading.copy_(states[v.layer] @ v.direction.cpu().double())
-        told.append(
-            Explanation(
-                tokens=tokenizer.pieces([*prompt, *ids]),
-                positions=positions,
-                edits=list(rows[b]),
-                before=whole(before),
-                d=whole(d),
-                length=whole(length),
-                odds=whole(odds[:, b, first:last]),
-                behind="" if ids else tokenizer.pieces([prompt[-1], int(likeliest[b])])[1],
-                read=read,
-                readings=whole(readings),
-            )
-        )
-    return told
+    return Explanation(
+        tokens=tokenizer.pieces(ids),
+        positions=positions,
+        edits=list(edits),
+        before=whole([before for before, _, _ in moves]),
+        d=whole([d for _, d, _ in moves]),
+        length=whole([length for _, _, length in moves]),
+        odds=whole(odds.unbind()),
+        behind="" if new else tokenizer.pieces([ids[-1], likeliest])[1],
+        read=read,
+        readings=whole(readings),
+    )
 
 
 def replay(
-    states: dict[int, Tensor], edits: Sequence[Edit], positions: list[int], dtype: torch.dtype
-) -> Tensor:
-    """What each edit met and did, one after another: projections, d and lengths, (3, K, T).
+    states: dict[int, Tensor], edits: Sequence[Edit], position: Tensor, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each edit met and did, one after another: projection, d and the state's length, (T,).
 
     states: a layer's (T, D) before its edits. dtype: what directions are rounded to.
     """
-    T = len(next(iter(states.values()), ()))
-    told = torch.zeros(3, len(edits), T, dtype=torch.double, device="cpu")
-    for k, edit in enumerate(edits):
+    moves = []
+    for edit in edits:
         h, u, move = states[edit.layer], edit.direction.cpu().to(dtype).double(), edit.move
-        at, before = torch.tensor(positions[:T], device="cpu"), h @ u
+        before = h @ u
         d = (move.bias - move.slope * before).clamp(move.low, move.high)
-        d = d.where((move.first <= at) & (at <= move.last), 0.0)
-        told[:, k] = torch.stack([before, d, h.norm(dim=-1)])
+        d = d.where((move.first <= position) & (position <= move.last), 0.0)
+        moves.append((before, d, h.norm(dim=-1)))
         states[edit.layer] = h + d[:, None] * u
-    return told
+    return moves

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
+from tqdm import tqdm
 
 from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.sampling import Sampler
-from tinysteer.decoding.step import BROKEN, Batch, decode_tokens
+from tinysteer.decoding.step import BROKEN, Batch, Decoding, decode_tokens
 from tinysteer.steering.batch import Rows
 from tinysteer.text.streaming import TextStream
 
@@ -82,7 +83,7 @@ def settled(given: Options) -> Options:
             raise ValueError(f"{name} is {value!r}; it must be {words}")
         if name in CUTS and not options["temperature"]:
             raise ValueError(f"{name} changes nothing at temperature 0: set temperature too")
-    stop = options["stop"]
+    stop: Any = options["stop"]
     stop = [] if stop is None else list(stop) if isinstance(stop, list | tuple) else [stop]
     if not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {options['stop']!r}; it must be strings that are not empty")
@@ -97,7 +98,7 @@ def per_prompt(name: str, value: Any, n_prompts: int) -> list:
         raise ValueError(f"{name} has {len(values)} values for {n_prompts} prompts")
     for i, value in enumerate(values):
         absent = value is None and name == "seed"
-        if not absent and not (isinstance(value, numbers.Integral) and 0 <= value < 2**63):
+        if not absent and not (isinstance(value, numbers.Integral) and 0 <= int(value) < 2**63):
             raise ValueError(
                 f"{name} is {value!r} for prompt {i}; it must be a whole number, 0 or more"
             )
@@ -125,30 +126,55 @@ def decode(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[TextStream],
     edits: Callable[[int], Rows],
-    sampler: Sampler | None = None,
-    *,
-    graph: bool = True,
-    kernels: bool = True,
+    options: Options = DEFAULTS,
+    seeds: Sequence[int | None] = (),
 ) -> Iterator[tuple[int, str]]:
-    """Yield (row, piece of text) until every row is done; prompts are lists of token ids.
+    """Yield (prompt's index, piece of text) until every text is done; prompts are token ids.
 
-    edits: as for `decode_tokens`. ValueError for logits that are not finite.
+    edits: how many tokens were chosen so far -> the edits for the next, a list a prompt. options:
+    settled ones. ValueError for logits that are not finite.
     """
-    limits, stop_ids = [text.limit for text in texts], texts[0].stop_ids
-    batch = Batch.of(prompts, pool.decoder, limits, stop_ids, sampler)
-    with pool.take(len(prompts), batch.length, graph) as decoding:
-        for chosen in decode_tokens(decoding, batch, edits, kernels):
-            for row, (text, token, logprob) in enumerate(zip(texts, *chosen, strict=True)):
-                if text.done:
-                    continue
-                if token == BROKEN:
-                    raise ValueError(
-                        f"logits became NaN or infinite in {pool.decoder.embed.weight.dtype}: "
-                        "lower the weights of the edits, or load the model in bfloat16 or float32"
-                    )
-                if piece := text.push(token, logprob):
-                    yield row, piece
-                if text.done:
-                    decoding.end(row)
-            if all(text.done for text in texts):
-                return
+    # Prompts of like length share a batch; those that may not get a token need none.
+    order = sorted((i for i, t in enumerate(texts) if t.limit), key=lambda i: len(prompts[i]))
+    size, device = options["batch_size"], pool.decoder.embed.weight.device
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    for rows in tqdm(batches, "batches", leave=False, disable=None if batches[1:] else True):
+        limits, sampler = [texts[i].limit for i in rows], None
+        if options["temperature"]:
+            cuts = options["top_k"], options["top_p"], options["min_p"]
+            drawn = [seeds[i] for i in rows], max(limits), options["temperature"]
+            sampler = Sampler(*drawn, *cuts, device)
+        ids = [prompts[i] for i in rows]
+        batch = Batch.of(ids, pool.decoder, limits, texts[0].stop_ids, sampler)
+
+        def of_rows(n: int, rows: list[int] = rows) -> Rows:
+            lists = edits(n)
+            return [lists[i] for i in rows]
+
+        with pool.take(len(rows), batch.length, options["graph"]) as decoding:
+            steps = decode_tokens(decoding, batch, of_rows, options["kernels"])
+            yield from pushed(steps, rows, [texts[i] for i in rows], decoding)
+
+
+def pushed(
+    steps: Iterator[tuple[list[int], list[float]]],
+    rows: Sequence[int],
+    texts: Sequence[TextStream],
+    decoding: Decoding,
+) -> Iterator[tuple[int, str]]:
+    """Each step's tokens put into the rows' texts, and what that makes certain."""
+    for tokens, logprobs in steps:
+        for b, text in enumerate(texts):
+            if text.done:
+                continue
+            if tokens[b] == BROKEN:
+                raise ValueError(
+                    f"logits became NaN or infinite in {decoding.decoder.embed.weight.dtype}: "
+                    "lower the weights of the edits, or load the model in bfloat16 or float32"
+                )
+            if piece := text.push(tokens[b], logprobs[b]):
+                yield rows[b], piece
+            if text.done:
+                decoding.end(b)
+        if all(text.done for text in texts):
+            return

@@ -31,8 +31,7 @@ class Sampler:
             torch.Generator("cpu").manual_seed(secrets.randbits(63) if seed is None else seed)
             for seed in seeds
         ]
-        host = {"dtype": torch.float64, "device": "cpu"}
-        draws = [torch.rand(n_draws, generator=g, **host) for g in generators]
+        draws = [torch.rand(n_draws, generator=g, dtype=torch.float64) for g in generators]
         self.draws = torch.stack(draws).to(device)  # (B, n_draws)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         cuts = (top_k, top_p, min_p)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from tinysteer.loading.families import FAMILIES, IGNORED, TEXT_PREFIX, read_config
 from tinysteer.model.config import Config
-from tinysteer.model.decoder import Decoder
+from tinysteer.model.decoder import Decoder, Stacked
 from tinysteer.text.files import read_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,9 +107,10 @@ def sources_of(stored: dict[str, Stored], decoder: Decoder) -> dict[str, list[st
         hub = names[module.replace(f".{layer}.", ".#.")]
         hub = (hub,) if isinstance(hub, str) else hub
         sources[target] = [f"{name.replace('#', layer)}.{kind}" for name in hub]
-        rows = decoder.get_submodule(module).parts if len(hub) > 1 else parameter.shape[:1]
+        owner = decoder.get_submodule(module)
+        rows = owner.parts if isinstance(owner, Stacked) and len(hub) > 1 else parameter.shape[:1]
         for name, n_rows in zip(sources[target], rows, strict=True):
-            shape, tensor = (n_rows, *parameter.shape[1:]), stored.get(plain.get(name))
+            shape, tensor = (n_rows, *parameter.shape[1:]), stored.get(plain.get(name, ""))
             if tensor and tensor.shape != shape:
                 wrong.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
     wanted = {name for names in sources.values() for name in names}

@@ -12,7 +12,8 @@ from tinysteer.model.config import Config, Layer
 from tinysteer.model.rope import Rope
 
 # Our module -> the checkpoint's, # standing for the layer; several are stacked by rows in order.
-LLAMA = {
+Names = dict[str, str | tuple[str, ...]]
+LLAMA: Names = {
     "embed": "model.embed_tokens",
     "blocks.#.attn_norm": "model.layers.#.input_layernorm",
     "blocks.#.attn.qkv": (
@@ -27,16 +28,16 @@ LLAMA = {
     "norm": "model.norm",
     "head": "lm_head",
 }
-PHI3 = LLAMA | {
+PHI3: Names = LLAMA | {
     "blocks.#.attn.qkv": "model.layers.#.self_attn.qkv_proj",
     "blocks.#.mlp.gate_up": "model.layers.#.mlp.gate_up_proj",
 }
-GEMMA2 = LLAMA | {  # what Llama calls post_attention is what comes before the MLP; here it is not
+GEMMA2: Names = LLAMA | {  # what Llama calls post_attention comes before the MLP; not so here
     "blocks.#.attn_post_norm": "model.layers.#.post_attention_layernorm",
     "blocks.#.mlp_norm": "model.layers.#.pre_feedforward_layernorm",
     "blocks.#.mlp_post_norm": "model.layers.#.post_feedforward_layernorm",
 }
-GEMMA3 = GEMMA2 | {
+GEMMA3: Names = GEMMA2 | {
     "blocks.#.attn.q_norm": "model.layers.#.self_attn.q_norm",
     "blocks.#.attn.k_norm": "model.layers.#.self_attn.k_norm",
 }
@@ -74,7 +75,7 @@ class Family:
     G everything. defaults: what config.json may leave out.
     """
 
-    names: dict[str, str | tuple[str, ...]]
+    names: Names
     pattern: str = "G"
     traits: Callable[[dict], dict[str, Any]] = lambda c: {}
     defaults: dict[str, Any] = field(default_factory=dict)

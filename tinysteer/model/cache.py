@@ -92,8 +92,9 @@ class Cache:
             for rope, sets in self.sets.items()
         }
         views = {
-            kind: View(*turns[kind.rope], query, self.start, reach, kind.window)
+            kind: View(cos, sin, query, self.start, reach, kind.window)
             for kind in self.kinds
+            for cos, sin in [turns[kind.rope]]
         }
         position = (query - self.last).expand(offset.shape)
         return views, position.masked_fill(offset < 0, PADDING).to(torch.int32)

@@ -8,7 +8,7 @@ x (B, T, D) is the residual stream and h its norm, which products read. A block 
 which may move x before it is normed. Layer L is the stream after block L, counted from 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -131,12 +131,15 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """tokens in, normed residual stream out; `logits` reads the vocabulary off it."""
 
+    blocks: Sequence[Block]
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         V, D = config.vocab_size, config.dim
         self.embed = nn.Embedding(V, D)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        blocks = [Block(config, layer) for layer in range(config.n_layers)]
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(D, config)
         self.head = nn.Identity() if config.tied else nn.Linear(D, V, bias=False)
 
@@ -168,7 +171,7 @@ class Decoder(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """h (B, T, D) after the last norm -> (B, T, vocab_size) float32."""
-        weight = self.embed.weight if self.config.tied else self.head.weight
+        weight = self.head.weight if isinstance(self.head, nn.Linear) else self.embed.weight
         with as_is(weight, launched=False):
             logits = F.linear(h, weight).float()
         cap = self.config.logit_cap

@@ -4,11 +4,12 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any
 
 import tinysteer_kernels as kernels
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs  # comes with torch
 
 from tinysteer.model.decoder import Norms, Seam, add, unsteered
 from tinysteer.steering.edits import Edit, Origin, Verbs, levels_up
@@ -21,9 +22,9 @@ Steer = Sequence[Edit] | Sequence[Sequence[Edit]] | Edit | None
 Changing = Callable[[int], Steer]  # the number of tokens chosen so far -> edits for the next
 
 
-def changes(steer: Steer | Changing) -> TypeGuard[Changing]:
+def changes(steer: Steer | Changing) -> TypeIs[Changing]:
     """Whether to ask for edits at each step. A verb that was not called is no such wish."""
-    return callable(steer) and not isinstance(getattr(steer, "__self__", None), Verbs)
+    return callable(steer) and not isinstance(verb_of(steer), Verbs)
 
 
 def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
@@ -31,29 +32,43 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
 
     ValueError for anything else.
     """
-    if steer is None:
-        return [[]] * n_rows
-    steer = [steer] if isinstance(steer, Edit | Verbs | SteeringVector) else steer
-    for row in distinct(steer) if isinstance(steer, Sequence) else [steer]:
-        for edit in row if isinstance(row, Sequence) and not isinstance(row, Verbs) else [row]:
-            if isinstance(edit, Verbs | SteeringVector):
+    if isinstance(steer, Edit):
+        steer = [steer]
+    several = isinstance(steer, Sequence) and not isinstance(steer, Verbs | str)
+    rows: list[Any] = [] if steer is None else list(steer) if several else [steer]
+    for row in distinct(rows):
+        for edit in (
+            row if isinstance(row, Sequence) and not isinstance(row, Verbs | str) else [row]
+        ):
+            if isinstance(edit, Verbs | SteeringVector) or isinstance(verb_of(edit), Verbs):
                 raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add()")
             if not isinstance(edit, Edit):
-                kind = getattr(edit, "__qualname__", type(edit).__name__)
                 raise ValueError(
-                    f"steer takes a list of edits, or one such list a prompt, not {kind}"
+                    "steer takes a list of edits, or one such list a prompt, not "
+                    f"{type(edit).__name__}"
                 )
-    if all(isinstance(edit, Edit) for edit in steer):
-        return [list(steer)] * n_rows
-    if any(isinstance(edit, Edit) for edit in steer):
+    if all(isinstance(row, Edit) for row in rows):
+        return [rows] * n_rows
+    if any(isinstance(row, Edit) for row in rows):
         raise ValueError(
             "steer has edits and lists of edits: give each prompt a list, or all one (edits of "
             "several layers are a list: unpack it, as in [*v.at(range(10, 21)).add(), other])"
         )
-    if len(steer) != n_rows:
-        raise ValueError(f"steer has {len(steer)} lists of edits for {n_rows} prompts")
-    copies = {id(row): list(row) for row in steer}  # rows that share a list go on sharing one
-    return [copies[id(row)] for row in steer]
+    if len(rows) != n_rows:
+        raise ValueError(f"steer has {len(rows)} lists of edits for {n_rows} prompts")
+    copies = {id(row): list(row) for row in rows}  # rows that share a list go on sharing one
+    return [copies[id(row)] for row in rows]
+
+
+def listed(edits: Any) -> list:
+    """A list's edits, or one thing alone as a list."""
+    several = isinstance(edits, Sequence) and not isinstance(edits, Verbs | str)
+    return list(edits) if several else [edits]
+
+
+def verb_of(function: object) -> object:
+    """Whose verb it is, where it was not called."""
+    return getattr(function, "__self__", None)
 
 
 def distinct(rows: Sequence) -> list:
@@ -61,7 +76,7 @@ def distinct(rows: Sequence) -> list:
     return list({id(row): row for row in rows}.values())
 
 
-def signature(rows: Sequence[Sequence[Edit]]) -> tuple:
+def signature(rows: Rows) -> tuple:
     """What says, while the rows are kept, whether others are the same: equal if they are."""
     lists = {id(row): row for row in rows}
     order = {key: i for i, key in enumerate(lists)}
@@ -70,9 +85,7 @@ def signature(rows: Sequence[Sequence[Edit]]) -> tuple:
     return edits, [order[id(row)] for row in rows], unsure and object()
 
 
-def check_fit(
-    rows: Sequence[Sequence[Edit]], n_layers: int, dim: int, model: str = "", revision: str = ""
-) -> None:
+def check_fit(rows: Rows, n_layers: int, dim: int, model: str = "", revision: str = "") -> None:
     """Whether the edits can be made in this model.
 
     ValueError for a layer, a width or a depth that it does not have; a warning for a vector made
@@ -102,10 +115,10 @@ def check_fit(
 
 def differ(a: Origin, b: Origin) -> bool:
     """Whether two vectors are known to be for different models. A folder has no owner's name."""
-    models = (a.model, b.model)
-    if not all("/" in model for model in models):
-        models = tuple(model.split("/")[-1] for model in models)
-    return any(x and y and x != y for x, y in (models, (a.revision, b.revision)))
+    names = a.model, b.model
+    if not all("/" in name for name in names):
+        names = a.model.split("/")[-1], b.model.split("/")[-1]
+    return any(x and y and x != y for x, y in (names, (a.revision, b.revision)))
 
 
 class Steering:
@@ -114,7 +127,7 @@ class Steering:
     bank (N, D), in the model's type: the directions that `tables` name, of each layer that has any.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Edit]], like: Tensor):
+    def __init__(self, rows: Rows, like: Tensor):
         """One list of edits a row. like: has the type and the device that the bank will have."""
         named, directions = with_names(rows, {})
         layers = sorted({layer for row in distinct(named) for layer, _ in row})
@@ -192,7 +205,8 @@ class SteeringBuffers:
         self.like, self.n_layers, self.n_rows, self.fixed = like, n_layers, n_rows, fixed
         self.stacks: dict[tuple[int, int], FixedSteering] = {}
         self.seam: Seam = unsteered
-        self.size, self.signature, self.edits = (0, 0), None, None
+        self.size, self.edits = (0, 0), tuple[Sequence[Edit], ...]()
+        self.signature: tuple | None = None
 
     def copy_(self, edits: Rows, anew: bool = False) -> None:
         """Take other edits, a list for each of the first rows; those that are the same stay."""
@@ -200,7 +214,7 @@ class SteeringBuffers:
         if anew or new != self.signature:
             self.signature = None  # until they have arrived
             self.seam, self.size = self._take(edits)
-            self.edits, self.signature = edits, new  # which speaks of memory that the edits keep
+            self.edits, self.signature = tuple(edits), new  # which speaks of memory these keep
 
     def _take(self, edits: Rows) -> tuple[Seam, tuple[int, int]]:
         if not self.fixed or not any(edits):
@@ -229,10 +243,11 @@ def direction_key(direction: Tensor) -> tuple:
 
 
 def with_names(
-    rows: Sequence[Sequence[Edit]], index: dict[tuple, int]
+    rows: Rows, index: dict[tuple, int]
 ) -> tuple[list[list[tuple[int, kernels.Move]]], list[Tensor]]:
     """Each row's (layer, move), directions named by `index`; and those that it did not have yet."""
-    named, new = {}, []
+    named: dict[int, list[tuple[int, kernels.Move]]] = {}
+    new: list[Tensor] = []
     for row in distinct(rows):
         named[id(row)] = moves = []
         for edit in row:
@@ -259,12 +274,12 @@ def send(source: Tensor, target: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
-def depth(rows: Sequence[Sequence[Edit]]) -> int:
+def depth(rows: Rows) -> int:
     """How many edits a row has at one layer, at most."""
     counts = (Counter(edit.layer for edit in row) for row in distinct(rows))
     return max((n for count in counts for n in count.values()), default=0)
 
 
-def seam(rows: Sequence[Sequence[Edit]], like: Tensor) -> Seam:
+def seam(rows: Rows, like: Tensor) -> Seam:
     """One list of edits a row -> what a decoder of like's type and device takes as `steer`."""
     return Steering(rows, like) if any(rows) else unsteered

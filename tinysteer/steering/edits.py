@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from tinysteer_kernels import Move
@@ -64,7 +64,7 @@ class Edit:
         same = (self.layer, self.move) == (other.layer, other.move)
         return same and torch.equal(self.direction, other.direction)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         defaults = Move._field_defaults
@@ -75,7 +75,7 @@ class Edit:
 
 def window(where: Where) -> dict[str, int]:
     """A key of WINDOWS, or (first, stop) -> an edit's `first` and `last`."""
-    bounds = WINDOWS.get(where) if isinstance(where, str) else where
+    bounds = WINDOWS.get(where, ()) if isinstance(where, str) else where
     whole = isinstance(bounds, tuple | list) and all(
         b is None or (isinstance(b, numbers.Integral) and not isinstance(b, bool)) for b in bounds
     )
@@ -217,7 +217,7 @@ class Direction(Verbs[Edit]):
         alpha, target = number(alpha), self.target if target is None else number(target)
         return self._edit(where, bias=alpha * target, slope=alpha, **clip)
 
-    def _edit(self, where: Where, **move: float) -> Edit:
+    def _edit(self, where: Where, **move: Any) -> Edit:
         return Edit(self.layer, self.direction, Move(**move, **window(where)), self.origin)
 
 

@@ -30,8 +30,7 @@ VERBS = {  # the numbers each may be given
     "at_most": TARGETS,
     "ablate": (),
 }
-NEEDED = ("vector", "layer", "verb")
-KEYS = {*NEEDED, "layers", "where", *(key for keys in VERBS.values() for key in keys)}
+ONE_OF = (("layer", "layers"), ("times", "weight"))  # of which an entry has one at most
 FORM = '{"edits": [...]}'
 
 
@@ -69,7 +68,7 @@ def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
         raise ValueError(f"{name} holds {content!r:.40}; a plan is {FORM}")
     for key in content:
         if key != "edits":
-            raise ValueError(f"{name}: {key!r} is no key of a plan, which is {FORM}")
+            raise ValueError(f"{name}: {key!r} is not a key of a plan, which is {FORM}")
     entries = content.get("edits")
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise ValueError(f"{name}: 'edits' must be a list: a plan is {FORM}")
@@ -78,68 +77,57 @@ def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
     vectors: dict[str, SteeringVector] = {}
     edits = []
     for i, entry in enumerate(entries):
-        file = str(entry["vector"])
+        file, key = str(entry["vector"]), "layers" if "layers" in entry else "layer"
         try:
             if file not in vectors:
                 vectors[file] = SteeringVector.load(folder / file)
-            key = "layers" if "layers" in entry else "layer"
-            layers = vectors[file].at(span(*entry[key]) if key == "layers" else [entry[key]])
+            first, last = entry[key] if key == "layers" else (entry[key],) * 2
+            directions = vectors[file].at(range(first, last + 1))
         except (ValueError, FileNotFoundError) as error:
             key = key if file in vectors else "vector"
             raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None
         numbers = {key: entry[key] for key in VERBS[entry["verb"]] if key in entry}
-        edits += getattr(layers, entry["verb"])(**numbers, where=entry.get("where", "all"))
+        edits += getattr(directions, entry["verb"])(**numbers, where=entry.get("where", "all"))
     return edits
-
-
-def span(first: int, last: int) -> range:
-    """The layers from the first to the last, both included. ValueError where there are none."""
-    if not 0 <= first <= last:
-        raise ValueError(f"[{first}, {last}] are not a first layer and a last one, counted from 0")
-    return range(first, last + 1)
 
 
 def check_entry(entry: Any, name: str) -> None:
     """ValueError naming the key that is missing, unknown or of the wrong type."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{name} is {entry!r:.40}, not an object with {', '.join(NEEDED)}")
-    if "layers" in entry:
-        if "layer" in entry:
-            raise ValueError(f"{name} has a layer and layers: give one of them")
-        entry = {"layer": 0, **entry}  # which it need not say
-    if "times" in entry and "weight" in entry:
-        raise ValueError(f"{name} has times and weight: give one of them")
-    for key in NEEDED:
-        if key not in entry:
-            strange = [f"; {other!r} is no key" for other in entry if other not in KEYS]
-            raise ValueError(f"{name}.{key} is missing{''.join(strange)}")
-    verb = entry["verb"]
-    if not isinstance(verb, str) or verb not in VERBS:
-        raise ValueError(f"{name}.verb is {verb!r}; it must be one of {', '.join(VERBS)}")
+        raise ValueError(f"{name} is {entry!r:.40}, not an object with vector, layer and verb")
+    verb = entry.get("verb")
     kinds = {  # what a value must be, and whether it is
         "vector": ("a file's name", lambda v: isinstance(v, str | Path) and str(v)),
         "layer": ("a whole number", lambda v: is_number(v, Integral)),
-        "layers": ("[first, last], whole numbers", is_pair),
-        "verb": ("a verb", lambda v: True),
+        "layers": ("[first, last] with first <= last, whole numbers from 0 on", is_span),
+        "verb": (f"one of {', '.join(VERBS)}", lambda v: isinstance(v, str) and v in VERBS),
         "where": (f"one of {', '.join(WINDOWS)}, or [first, stop] with null for no end", window),
-        **dict.fromkeys(VERBS[verb], ("a finite number", is_number)),
     }
-    for key, value in entry.items():
+    numbers = VERBS.get(verb, ()) if isinstance(verb, str) else ()
+    kinds |= dict.fromkeys(numbers, ("a finite number", is_number))
+    strange = [f"; {key!r} is not a key" for key in entry if key not in kinds]
+    for key in ("vector", "layer", "verb"):
+        if key not in entry and not (key == "layer" and "layers" in entry):
+            raise ValueError(f"{name}.{key} is missing{''.join(strange)}")
+    for both in ONE_OF:
+        if entry.keys() >= {*both}:
+            raise ValueError(f"{name} has {' and '.join(both)}: give one of them")
+    for key in ("verb", *entry):
         if key not in kinds:
-            raise ValueError(f"{name}.{key} is no key of {verb}, which has {', '.join(kinds)}")
+            raise ValueError(f"{name}.{key} is not a key of {verb}, which has {', '.join(kinds)}")
         words, fits = kinds[key]
         with suppress(ValueError):
-            if fits(value):
+            if fits(entry[key]):
                 continue
-        raise ValueError(f"{name}.{key} is {value!r:.40}; it must be {words}")
+        raise ValueError(f"{name}.{key} is {entry[key]!r:.40}; it must be {words}")
 
 
-def is_pair(value: Any) -> bool:
+def is_span(value: Any) -> bool:
     whole = isinstance(value, Sequence) and all(is_number(v, Integral) for v in value)
-    return whole and len(value) == 2
+    return whole and len(value) == 2 and 0 <= value[0] <= value[1]
 
 
-def is_number(value: Any, kind: type = Real) -> bool:
+def is_number(value: Any, kind: Any = Real) -> bool:
     """Of that kind, finite in float32, and not a truth value, which Python takes for a number."""
     largest = torch.finfo(torch.float32).max
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= largest

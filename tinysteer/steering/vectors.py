@@ -102,10 +102,9 @@ class SteeringVector:
             shape = f"{self.n_layers} layers of width {self.dim}"
             raise ValueError(f"the vector has {shape}, the model {n_layers} of width {D}")
         u = F.pad(self.directions.double(), (0, 0, 0, more))
-        measured = ((mean * u).sum(-1) for mean in means)
-        tensors = (u, F.pad(self.norms, (0, more)), *measured)
+        targets, baselines = ((mean * u).sum(-1).float() for mean in means)
         about = self.metadata | {"model": model.name, "revision": model.revision}
-        return SteeringVector(*(tensor.float() for tensor in tensors), about)
+        return SteeringVector(u.float(), F.pad(self.norms, (0, more)), targets, baselines, about)
 
     @classmethod
     def _from_means(
@@ -130,8 +129,7 @@ class SteeringVector:
         u = unit(directions.double())
         targets, baselines = ((states * u).sum(-1) for states in (with_instruction, without))
         norms = ((with_instruction.double() - without.double()) * u).sum(-1)
-        tensors = (u, norms, targets, baselines)
-        return cls(*(tensor.float() for tensor in tensors), metadata or {})
+        return cls(u.float(), norms.float(), targets.float(), baselines.float(), metadata or {})
 
     @property
     def n_layers(self) -> int:
@@ -144,8 +142,8 @@ class SteeringVector:
     @property
     def origin(self) -> Origin:
         """What it is called, and the model it was made for."""
-        model = (self.metadata.get(key, "") for key in ("model", "revision"))
-        return Origin(self.label, *model, self.n_layers)
+        model, revision = (self.metadata.get(key, "") for key in ("model", "revision"))
+        return Origin(self.label, model, revision, self.n_layers)
 
     @property
     def label(self) -> str:
@@ -167,7 +165,7 @@ class SteeringVector:
             return NotImplemented
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in TENSORS)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         return combine(self, other, 1.0) if isinstance(other, SteeringVector) else NotImplemented
@@ -207,9 +205,9 @@ class SteeringVector:
     def _scaled(self, difference: Tensor, moment: Tensor, about: dict) -> "SteeringVector":
         norms = difference.norm(dim=-1)
         baselines = torch.where(norms > 0, moment / norms, 0.0)
-        tensors = (unit(difference), norms, baselines + norms, baselines)
         about = {key: value for key, value in about.items() if key != "name"}
-        return SteeringVector(*(tensor.float() for tensor in tensors), about)
+        u, targets = unit(difference).float(), (baselines + norms).float()
+        return SteeringVector(u, norms.float(), targets, baselines.float(), about)
 
     def random_like(self, seed: int | str = 0, without: Tensor | None = None) -> "SteeringVector":
         """Random directions with the same norms: the control of a claim.
@@ -249,8 +247,8 @@ class SteeringVector:
                 f"layer {layer}: the states with and without the instruction are equal there, "
                 "so it has no direction"
             )
-        numbers = (float(x[layer]) for x in (self.norms, self.targets, self.baselines))
-        return Direction(layer, self.directions[layer], *numbers, self.origin)
+        norm, target, baseline = (float(getattr(self, name)[layer]) for name in TENSORS[1:])
+        return Direction(layer, self.directions[layer], norm, target, baseline, self.origin)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the four tensors, and the metadata as strings."""
@@ -266,7 +264,7 @@ class SteeringVector:
             if metadata.pop("format", None) != FORMAT or not tensors.keys() >= {*TENSORS}:
                 raise ValueError(f"it is not a tinysteer vector (no format {FORMAT})")
             metadata.pop("layers", None)
-            return cls(*(tensors[name].float() for name in TENSORS), metadata)
+            return cls(**{name: tensors[name].float() for name in TENSORS}, metadata=metadata)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -43,6 +43,7 @@ class Renderer:
         if self.child is None or self.child.poll() is not None:
             self.child = start()
         child, answer = self.child, ""
+        assert child.stdout is not None
         watch = threading.Timer(SECONDS, child.kill)
         watch.start()
         try:

@@ -68,18 +68,18 @@ class Tokenizer:
         adds_bos = about.get("add_bos_token")
         if adds_bos is None:
             adds_bos = bos_id is not None and added[:1] == [bos_id]
-        stops = {vocabulary.token_to_id(special.get("eos_token", ""))}
-        stops |= {vocabulary.token_to_id(end) for end in TURN_ENDS}
+        ends = special.get("eos_token", ""), *TURN_ENDS
+        stops: set[int | None] = {vocabulary.token_to_id(end) for end in ends}
         for name in ("config.json", "generation_config.json"):
-            ids = read_json(folder / name)
-            ids = ids.get("eos_token_id", (ids.get("text_config") or {}).get("eos_token_id"))
+            c = read_json(folder / name)
+            ids = c.get("eos_token_id", (c.get("text_config") or {}).get("eos_token_id"))
             stops |= set(ids) if isinstance(ids, list) else {ids}
         return cls(
             vocabulary,
             template=template,
             special=special,
             adds_bos=adds_bos,
-            stop_ids=frozenset(stops - {None}),
+            stop_ids=frozenset(i for i in stops if i is not None),
         )
 
     def encode(self, text: str) -> list[int]:
@@ -88,7 +88,7 @@ class Tokenizer:
             ids = self.vocabulary.encode(text, add_special_tokens=False).ids
         except TypeError:  # a lone surrogate, from bytes that were no UTF-8
             raise ValueError(f"{text!r} is not valid text") from None
-        if not self.adds_bos:
+        if not self.adds_bos or self.bos_id is None:
             return ids
         own = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[own:]]

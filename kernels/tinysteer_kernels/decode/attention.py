@@ -154,13 +154,13 @@ def combine_kernel(
     tl.store(y_ptr + head * D + column, y, mask=column < D)
 
 
-def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **traits) -> Tensor:
+def attend(qkv: Tensor, k: Tensor, v: Tensor, view: View, **fields) -> Tensor:
     """qkv (B, T, (H + 2G) head_dim) -> what attention reads, (B, T, H head_dim).
 
-    k, v (B, G, S, head_dim) are one layer's caches, which take the new positions in; traits are the
-    fields of `Traits`. On a GPU decoding is one or two launches, fit for CUDA graphs.
+    k, v (B, G, S, head_dim) are one layer's caches, which take the new positions in; fields are
+    those of `Traits`. On a GPU decoding is one or two launches, fit for CUDA graphs.
     """
-    traits = Traits(**traits)
+    traits = Traits(**fields)
     decoding = qkv.shape[1] == 1  # a prompt's formula is PyTorch's operations to anyone
     if not (decoding and traced(qkv, k, v, traits.q_weight, traits.k_weight)):
         return attend_run(qkv, k, v, view, traits)

@@ -60,7 +60,7 @@ def attend_reference(
     heads = qkv.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (B, H + 2G, T, head_dim)
     H = heads.shape[1] - 2 * G
     qk, v = heads.split((H + G, G), dim=1)
-    if traits.q_weight is not None:
+    if traits.q_weight is not None and traits.k_weight is not None:
         q = rms_norm(qk[:, :H], traits.q_weight, traits.eps, traits.offset)
         k = rms_norm(qk[:, H:], traits.k_weight, traits.eps, traits.offset)
         qk = torch.cat((q, k), dim=1)
