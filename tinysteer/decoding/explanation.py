@@ -24,9 +24,9 @@ from tinysteer.text.tokenizer import Tokenizer
 Read = Direction | Sequence[Direction]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
-    """One prompt as it was run: str() makes it a table, and a notebook shows a coloured one.
+    """One prompt as it was run, shown as a table, and by a notebook as a coloured one.
 
     Numbers are nan where nothing was run: of the last new token.
     """
@@ -57,7 +57,7 @@ class Explanation:
     def table(self) -> list[list[str]]:
         """Cells: a row of heads, then one a position."""
         heads = [f"[{k}] L{edit.layer}" for k, edit in enumerate(self.edits)]
-        heads += [f"read L{v.layer}" for v in self.read] + ["next token"] * bool(self.edits)
+        heads += [f"read L{v.layer} (way)" for v in self.read] + ["next token"] * bool(self.edits)
         rows = [["position", "token", *heads]]
         moves, readings = (self.before, self.d, self.share), (self.readings, self.ways)
         for t, (token, position) in enumerate(zip(self.tokens, self.positions, strict=True)):
@@ -73,7 +73,7 @@ class Explanation:
             rows[-1][-1] += f" {self.behind}"
         return rows
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         table = self.table()
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [f"{len(self.tokens)} tokens"]
@@ -110,7 +110,7 @@ class Explanation:
 
 def directions_of(read: Read) -> list[Direction]:
     """What `read=` accepts, as a list. ValueError."""
-    directions = [read] if isinstance(read, Direction) else [*read]
+    directions = list(read) if isinstance(read, Sequence) else [read]
     if not all(isinstance(direction, Direction) for direction in directions):
         raise ValueError("read takes directions: pick a layer, as in read=vector.at(12)")
     return directions

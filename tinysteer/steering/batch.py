@@ -100,7 +100,7 @@ def check_fit(rows: Rows, n_layers: int, dim: int, model: str = "", revision: st
             raise ValueError(f"the vector is {len(edit.direction)} wide, this model {dim}: {maker}")
         if not 0 <= edit.layer < n_layers:
             raise ValueError(f"layer {edit.layer}: this model has layers 0 to {n_layers - 1}")
-        if origin.n_layers != n_layers:
+        if origin.model and origin.n_layers != n_layers:
             raise ValueError(
                 f"the vector has {origin.n_layers} layers, this model {n_layers}: {maker}"
             )
