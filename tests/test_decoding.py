@@ -148,7 +148,7 @@ def test_with_a_lag_a_step_is_under_way_before_the_token_it_reads_is_read():
     class Told:
         lag, events = 1, ()
 
-        def begin(self, batch, edits, kernels):
+        def begin(self, batch, edits):
             pass
 
         def __call__(self):

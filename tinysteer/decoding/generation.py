@@ -145,14 +145,15 @@ def decode(
             drawn = [seeds[i] for i in rows], max(limits), options["temperature"]
             sampler = Sampler(*drawn, *cuts, device)
         ids = [prompts[i] for i in rows]
-        batch = Batch.of(ids, pool.decoder, limits, texts[0].stop_ids, sampler)
+        how = limits, texts[0].stop_ids, sampler, options["kernels"]
+        batch = Batch.of(ids, pool.decoder, *how)
 
         def of_rows(n: int, rows: list[int] = rows) -> Rows:
             lists = edits(n)
             return [lists[i] for i in rows]
 
         with pool.take(len(rows), batch.length, options["graph"]) as decoding:
-            steps = decode_tokens(decoding, batch, of_rows, options["kernels"])
+            steps = decode_tokens(decoding, batch, of_rows)
             yield from pushed(steps, rows, [texts[i] for i in rows], decoding)
 
 

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     limits: Sequence[int]  # of new tokens, one a row
     stop_ids: frozenset[int] = frozenset()
     sampler: Sampler | None = None  # None: greedy
+    kernels: bool = True  # on a GPU by the kernels; False: by PyTorch's operations
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], decoder: Decoder, *rest, **named) -> "Batch":
@@ -64,7 +65,7 @@ class Variant(NamedTuple):
 
     size: tuple[int, int]  # of the tables: see `SteeringBuffers`
     sampling: str  # Sampler.kind, or "greedy"
-    kernels: bool  # by the kernels; False: by PyTorch's operations
+    kernels: bool  # see `Batch`
 
 
 def on_its_stream(method: Callable) -> Callable:
@@ -155,7 +156,7 @@ class Decoding:
         return int(self.device.type == "cuda")
 
     @on_its_stream
-    def begin(self, batch: Batch, edits: Rows = (), kernels: bool = True) -> None:
+    def begin(self, batch: Batch, edits: Rows = ()) -> None:
         """Run a batch's prompts and choose what follows each. Rows beyond its own hold nothing."""
         (n, T), spare = batch.tokens.shape, self.rows - len(batch.tokens)
         assert spare >= 0, (n, self.rows)
@@ -167,10 +168,10 @@ class Decoding:
             self.cache.begin(start, T, T - start + limits)
             self.left.copy_(limits)
             self.stops.zero_()[[i for i in batch.stop_ids if i < len(self.stops)]] = True
-            self.n, self.kernels, self.sampler = n, kernels, self._sampler(batch.sampler)
+            self.batch = batch._replace(sampler=self._sampler(batch.sampler))
             self.steering.copy_(edits, anew=True)
             part = self.cache.part(n)
-            with use_kernels(kernels):
+            with use_kernels(batch.kernels):
                 tokens = batch.tokens.to(self.tokens.device)
                 h = self.decoder.prefill(tokens, part, self.steering.part(n))
                 self.cache.resume(part, fixed=self.means.capture is not None)
@@ -197,8 +198,8 @@ class Decoding:
         """One token more for each row that is not done."""
         if self.means.capture is None:
             return self._run()
-        kind = self.sampler.kind if self.sampler else "greedy"
-        variant = Variant(self.steering.size, kind, self.kernels)
+        kind = self.batch.sampler.kind if self.batch.sampler else "greedy"
+        variant = Variant(self.steering.size, kind, self.batch.kernels)
         if variant in self.graphs:
             self.graphs[variant]()
         else:
@@ -209,7 +210,7 @@ class Decoding:
         """The step run and captured. What a run that broke off has changed is put back."""
         state = [self.tokens, self.chosen, self.logprobs, self.left]
         state += [self.cache.start, self.cache.column]
-        state += [self.sampler.step] if self.sampler else []
+        state += [self.batch.sampler.step] if self.batch.sampler else []
         before = [tensor.clone() for tensor in state]
 
         def restart() -> None:
@@ -220,7 +221,7 @@ class Decoding:
         return twice(lambda: capture(self._run), restart)
 
     def _run(self) -> None:
-        with use_kernels(self.kernels):
+        with use_kernels(self.batch.kernels):
             self._choose(self.decoder(self.tokens, self.cache, self.steering.seam))
 
     def _choose(self, h: Tensor) -> None:
@@ -228,7 +229,7 @@ class Decoding:
         logits = self.decoder.logits(h)[:, -1]
         lowest, highest = logits.aminmax(dim=-1)
         finite = (highest - lowest).isfinite()
-        token = logits.argmax(-1) if self.sampler is None else self.sampler(logits)
+        token = self.batch.sampler(logits) if self.batch.sampler else logits.argmax(-1)
         self.logprobs.copy_(logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1))
         self.tokens.copy_(token[:, None])
         seen = token.where(finite, BROKEN).where(self.left > 0, NOTHING)
@@ -248,7 +249,7 @@ class Decoding:
 
         A row that is done has NOTHING there, one whose logits are not finite BROKEN.
         """
-        n, (chosen, logprobs) = self.n, next(self.host)
+        n, (chosen, logprobs) = len(self.batch.tokens), next(self.host)
         chosen.copy_(self.chosen, non_blocking=True)
         logprobs.copy_(self.logprobs, non_blocking=True)
         arrived = torch.cuda.Event() if self.chosen.is_cuda else None
@@ -264,14 +265,14 @@ class Decoding:
 
 
 def decode_tokens(
-    decoding: Decoding, batch: Batch, edits: Callable[[int], Rows], kernels: bool = True
+    decoding: Decoding, batch: Batch, edits: Callable[[int], Rows]
 ) -> Iterator[tuple[list[int], list[float]]]:
     """What each step chose, a token a row, and its log-probability as the model is steered.
 
     edits: how many tokens were chosen so far -> the edits for the next, a list a row. On a GPU
     the step after it is on its way before a token is read. NOTHING, BROKEN as for `read`.
     """
-    decoding.begin(batch, edits(0), kernels)
+    decoding.begin(batch, edits(0))
     waiting = deque([decoding.read()])
     for n in range(1, max(batch.limits)):
         if len(waiting) > decoding.lag:
