@@ -155,14 +155,13 @@ def extract(
             else mean_residuals(model, side, chat=chat, batch_size=batch_size)
             for side in sides.values()
         ]
-        a, b = (side.mean for side in means)
-        directions = a.double() - b.double()
+        a, b, directions = means[0].mean, means[1].mean, None
     else:
         x, y = (all_residuals(model, side, chat, batch_size) for side in sides.values())
         a, b, directions = x.mean(1), y.mean(1), principal(x - y)
     if torch.equal(a, b):
         raise ValueError(SAME)
-    return SteeringVector._along(directions, a, b, metadata)
+    return SteeringVector._from_means(a, b, metadata, directions)
 
 
 def size(side: Side) -> int:

@@ -141,11 +141,10 @@ def add_steer_norm(
     On a GPU one launch, as fit for CUDA graphs as `steer`.
     """
     check_residual(x, delta, weight, post_weight)
-    steering: tuple = (None,) * 4
-    if tables is not None:
-        if bank is None:
-            raise ValueError("tables need the bank of directions that they name")
-        steering = prepared(x, bank, tables, position, slot)
+    if tables is not None and bank is None:
+        raise ValueError("tables need the bank of directions that they name")
+    given = x, bank, tables, position, slot
+    steering = (None,) * 4 if tables is None else prepared(*given)  # type: ignore[arg-type]
     arguments = x, delta, weight, eps, offset, post_weight, *steering
     return (add_steer_norm_op if traced(*arguments) else add_steer_norm_run)(*arguments)
 

@@ -257,19 +257,14 @@ def fits(x: Tensor, *others) -> bool:
 def steer_tiling(T: int, D: int, K: int, itemsize: int) -> tuple[dict[str, int], int]:
     """Block sizes and warps for T positions of a row with K moves, elements of `itemsize` bytes.
 
-    A thread holds 64 bytes of a position where that is wide, and as many of each of up to four
-    directions, or else of a second position: all of it compiles without spills and loads 128 bits
-    at a time (tests/test_compiles.py). Measured on an H200 in bfloat16, add_steer_norm with four
-    targets: at width 4096 4 warps take 4.0 us for one row where 8 take 6.4, and 74 us for 8192
-    positions where 8 take 84; at 2048 2 take 40 us for those, 8 take 50, but one row is as fast
-    by 8 (4.2 us, adds 2.9) as by 2 (3.9, 3.3); at 576 4 are best for one row.
+    A thread holds 64 bytes of a position where that is wide, and as many of each of four directions
+    or of a second position: no spills, loads of 128 bits (tests/test_compiles.py). On an H200, four
+    bfloat16 targets of add_steer_norm: 4 warps take 4.0 us for a row of width 4096, 8 take 6.4; for
+    8192 positions 74 and 84 us; at 2048 2 take 40 and 8 take 50, but one row is as fast by 8.
     """
     block_d = triton.next_power_of_2(D)
-    wide = block_d * itemsize // (32 * 64)  # warps for 64 bytes a thread
-    if T > 1:
-        n_warps = min(max(wide, 2 if block_d >= 512 else 1), 16)
-    else:
-        n_warps = min(max(wide, min(block_d // 256, 8) if block_d <= 2048 else 1, 1), 16)
+    fewest = min(block_d // 256, 2 if T > 1 else 8 if block_d <= 2048 else 4)
+    n_warps = min(max(block_d * itemsize // 2048, fewest, 1), 16)
     share = max(block_d // (32 * n_warps), 1)  # of a position, to a thread
     block_t, block_k = 1, 1
     if T > 1:

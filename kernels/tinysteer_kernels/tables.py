@@ -176,13 +176,9 @@ def fill_gram(packed: Tensor, bank: Tensor) -> None:
     i, j = index[several, :, None], index[several, None]
     pairs, of = (torch.minimum(i, j) * N + torch.maximum(i, j)).unique(return_inverse=True)
     parts = pairs.clamp(min=0).to(bank.device).split(max(AT_ONCE // max(bank.shape[1], 1), 1))
-    dots = torch.cat([dot(bank, p // N, p % N) for p in parts]).float().cpu()
-    dots = dots.where(pairs >= 0, 0.0)  # below 0: with a slot of no move
-    packed.view(torch.float32)[several, FIELDS:] = dots[of]
-
-
-def dot(bank: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return torch.linalg.vecdot(bank[i].double(), bank[j].double())
+    dots = [torch.linalg.vecdot(bank[p // N].double(), bank[p % N].double()) for p in parts]
+    gram = torch.cat(dots).float().cpu().where(pairs >= 0, 0.0)  # below 0: with a slot of no move
+    packed.view(torch.float32)[several, FIELDS:] = gram[of]
 
 
 def checked(moves: Sequence[Move], n_directions: int) -> Tensor:

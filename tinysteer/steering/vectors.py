@@ -90,10 +90,11 @@ class SteeringVector:
         model: a `LanguageModel`, whose number of layers the result has. ValueError for no prompts
         and where the widths differ.
         """
+        sides = [] if isinstance(prompts, str) or isinstance(without, str) else [prompts, without]
+        if not sides or not all(sides):
+            raise ValueError("measured_on takes two lists of at least one prompt")
         means = []
-        for side in (prompts, without):
-            if isinstance(side, str) or not side:
-                raise ValueError("measured_on takes two lists of at least one prompt")
+        for side in sides:
             ids = (torch.tensor([model.tokenizer.ids(prompt, chat)]) for prompt in side)
             states = [model.residuals(row)[:, 0, -1].double().cpu() for row in ids]
             means.append(sum(states) / len(states))
@@ -108,28 +109,21 @@ class SteeringVector:
 
     @classmethod
     def _from_means(
-        cls, with_instruction: Tensor, without: Tensor, metadata: dict[str, str] | None = None
-    ) -> "SteeringVector":
-        """Mean states with and without the instruction, each (n_layers, D) (paper, section 2)."""
-        difference = with_instruction.double() - without.double()
-        return cls._along(difference, with_instruction, without, metadata)
-
-    @classmethod
-    def _along(
         cls,
-        directions: Tensor,
         with_instruction: Tensor,
         without: Tensor,
         metadata: dict[str, str] | None = None,
+        directions: Tensor | None = None,
     ) -> "SteeringVector":
-        """Directions of any length, (n_layers, D), with what the mean states measure along them.
+        """Mean states with and without the instruction, each (n_layers, D) (paper, section 2).
 
-        The norm is the mean difference's projection: its length where it is the direction itself.
+        directions: of any length, default the difference. The norm is the difference's projection.
         """
-        u = unit(directions.double())
-        targets, baselines = ((states * u).sum(-1) for states in (with_instruction, without))
-        norms = ((with_instruction.double() - without.double()) * u).sum(-1)
-        return cls(u.float(), norms.float(), targets.float(), baselines.float(), metadata or {})
+        difference = with_instruction.double() - without.double()
+        u = unit(difference if directions is None else directions.double())
+        tensors = (difference, with_instruction, without)
+        norms, targets, baselines = ((x * u).sum(-1).float() for x in tensors)
+        return cls(u.float(), norms, targets, baselines, metadata or {})
 
     @property
     def n_layers(self) -> int:
