@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import VARIANTS, make_checkpoint
+from lab import FORMATS, Lab
 from tinysteer_kernels.devices import HAS_TRITON
 
 import tinysteer as ts
-from tinysteer.demo.measures import FORMATS, Lab
 
 if HAS_TRITON and DEVICE == "cpu":
     import interpreter  # noqa: F401
@@ -59,8 +59,8 @@ def model(checkpoint):
 
 @pytest.fixture(scope="session")
 def lab():
-    """The embedded models with the demo's questions."""
-    return Lab.load()
+    """The embedded models with their questions."""
+    return Lab()
 
 
 @pytest.fixture(scope="session")

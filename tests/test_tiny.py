@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab import FORMATS, follow, hold, mean_words
 from oracle import hooked
 
 import tinysteer as ts
-from tinysteer.demo.measures import FORMATS, follow, hold, mean_words
 from tinysteer.loading.hub import ASSETS, EMBEDDED
 
 OPTIONS = {"max_new_tokens": 112, "batch_size": 128}

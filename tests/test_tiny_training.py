@@ -12,7 +12,7 @@ import torch
 import train
 
 import tinysteer as ts
-from tinysteer.demo.measures import FORMATS
+from tinysteer.demo.show import FORMATS
 from tinysteer.loading.hub import ASSETS
 
 

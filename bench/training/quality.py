@@ -18,7 +18,7 @@ import corpus
 from common import table, where
 
 import tinysteer as ts
-from tinysteer.demo.measures import FORMATS
+from tinysteer.demo.show import FORMATS
 
 LIMITS = {"max_new_tokens": 200, "batch_size": 75}
 

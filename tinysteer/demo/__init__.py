@@ -1,1 +1,1 @@
-"""What a newcomer sees first: the paper in miniature on the embedded models."""
+"""What a newcomer sees first: steering at work on an embedded model, in seconds."""
