@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinysteer import cli
 from tinysteer.demo import show
@@ -44,8 +45,8 @@ def test_formats_come_from_steering_alone(shown):
 
 def test_it_ends_with_commands_that_work(shown, tmp_path, monkeypatch, capsys):
     data, said = shown
-    assert all(command in said for command in data["go_on"])
-    ask, steer, reproduce = data["go_on"]
+    assert all(command in said for command in data["commands"])
+    ask, steer, reproduce = data["commands"]
     monkeypatch.chdir(tmp_path)
     pairs, *steps = steer.split(" &&\n")
     echo, pair, _, file = shlex.split(pairs)
@@ -60,13 +61,27 @@ def test_it_ends_with_commands_that_work(shown, tmp_path, monkeypatch, capsys):
     assert cli.parser().parse_args(shlex.split(reproduce)[1:]).experiment == "words"
 
 
-def test_the_command_prints_as_it_goes_or_one_json_object(monkeypatch, capsys):
-    def measure(say):
-        say("a", "row", sep="; ")
-        return {"formats": {}}
+@pytest.fixture
+def quick(shown, monkeypatch):
+    """`tinysteer demo` says one line and gives the data that were measured."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(show, "measure", lambda say: say("a", "row", sep="; ") or shown[0])
+    yield
+    torch.set_num_threads(1)
 
-    monkeypatch.setattr(show, "measure", measure)
+
+def test_the_command_prints_as_it_goes_or_one_json_object(quick, shown, capsys):
     assert cli.main(["demo"]) == 0
     assert capsys.readouterr().out == "a; row\n"
     assert cli.main(["demo", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"formats": {}}
+    assert json.loads(capsys.readouterr().out)["formats"] == shown[0]["formats"]
+
+
+def test_one_thread_is_used_unless_somebody_wants_more(quick, monkeypatch):
+    for threads, used in ((2, 2), (None, 1)):
+        show.run_demo(as_json=True, threads=threads)
+        assert torch.get_num_threads() == used
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    show.run_demo(as_json=True)
+    assert torch.get_num_threads() == 2

@@ -99,7 +99,7 @@ def measure(say: Callable[..., None]) -> dict[str, Any]:
 
     seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
     data |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "cores": os.cpu_count()}
-    data |= {"device": str(model.device), "torch": torch.__version__, "go_on": COMMANDS}
+    data |= {"device": str(model.device), "torch": torch.__version__, "commands": COMMANDS}
     say("\n{seconds} s, {cpu_seconds} CPU s, {device}, {cores} cores, torch {torch}".format(**data))
     say("\nTo go on:", *COMMANDS, sep="\n\n")
     return data
@@ -108,7 +108,7 @@ def measure(say: Callable[..., None]) -> dict[str, Any]:
 def ask(part: str, name: str = "") -> list[str]:
     """The questions of "pairs", "validation" or "test", with an instruction's wordings in turn."""
     tasks = json.loads((ASSETS / "tasks.json").read_text(encoding="utf-8"))
-    wordings = cycle(tasks["instructions"].get(name, [""]))
+    wordings = cycle(tasks["instructions"][name] if name else [""])
     return [f"{task['question']} {next(wordings)}".strip() for task in tasks[part]]
 
 
@@ -117,7 +117,7 @@ def to_target(vector: SteeringVector, layer: int | None) -> list[Edit]:
 
 
 def best_layer(model: LanguageModel, name: str, vector: SteeringVector) -> int | None:
-    """The paper's rule on validation questions, which never tries 0; None is without steering."""
+    """The paper's rule on validation questions: a layer from 1 on, or None for no steering."""
     layers = sweep_layers(model.config.n_layers, step=1)  # not every second: there are only six
     texts = sweep(model, ask("validation"), {l: to_target(vector, l) for l in layers}, **OPTIONS)
     accuracy = {l: percent(FORMATS[name], texts[l]) for l in layers}
