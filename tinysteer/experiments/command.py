@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
+import torch
+
 from tinysteer.experiments import EXPERIMENTS, Settings, reproduce
-from tinysteer.language_model import load
+from tinysteer.language_model import LanguageModel, load
 from tinysteer.loading.hub import EMBEDDED
 from tinysteer.steering.edits import WINDOWS, parse_window
 
@@ -41,7 +44,34 @@ def add_parser(commands) -> None:
     one.add_argument("--batch-size", type=int, metavar="N", help="prompts together (32)")
     one.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
     one.add_argument("--device", help="such as cpu or cuda (default: the GPU if there is one)")
+    add_threads(one)
     one.set_defaults(run=run)
+
+
+def add_threads(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="of the CPU (default: $OMP_NUM_THREADS; without it 1 for a small model, else all)",
+    )
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def use_threads(n: int | None, *models: LanguageModel) -> None:
+    """So many; by default one where small models run on a CPU: on a busy machine two, which wait
+    for each other by spinning, take ten times the processor's time.
+    """
+    if n is None and "OMP_NUM_THREADS" not in os.environ:
+        small = all(model.config.dim < 512 and model.device.type == "cpu" for model in models)
+        n = 1 if small else None
+    if n is not None:
+        torch.set_num_threads(n)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     settings = Settings(**{k: readers[k](v) if k in readers else v for k, v in chosen.items()})
     names = {"model": options.model, "reader": options.reader, "source": options.source}
     models = {k: load(name, options.dtype, options.device) for k, name in names.items() if name}
+    use_threads(options.threads, *models.values())
     out = options.out or f"{options.experiment}-{Path(options.model).name}"
     print(reproduce(options.experiment, out=out, settings=settings, **models), end="")
 
