@@ -106,16 +106,19 @@ def test_plain_data_has_no_nan(model, vector):
 def test_the_command_prints_it(model, checkpoint, vector, tmp_path, capsys):
     from tinysteer.cli import main
 
-    vector.save(tmp_path / "v.safetensors")
+    file = tmp_path / "v.safetensors"
+    vector.save(file)
     folder = str(checkpoint("llama: grouped heads")[0])
-    command = ["explain", "-m", folder, "hello", "--steer", f"{tmp_path / 'v.safetensors'}@1:add=3"]
+    specs = ["--steer", f"{file}@1:add=3", "--read", f"{file}@0", "--read", f"{file}@2-3"]
+    command = ["explain", "-m", folder, "hello", *specs]
+    edit, read = vector.at(1).add(weight=3.0), vector.at([0, 2, 3])
     assert main(command) == 0
-    assert "<- last prompt token" in capsys.readouterr().out
+    expected = model.explain("hello", edit, read=read)
+    assert capsys.readouterr().out == f"> hello\n{expected}\n\n"
     assert main([*command, "--json", "--max-new-tokens", "2"]) == 0
+    expected = model.explain("hello", edit, read=read, max_new_tokens=2)
     said = json.loads(capsys.readouterr().out)
-    assert said["prompt"] == "hello"
-    assert said["d"][0][0] == pytest.approx(3.0)
-    assert len(said["tokens"]) == len(said["positions"]) == len(said["d"][0])
+    assert said == json.loads(json.dumps({"prompt": "hello", **expected.as_dict()}))
 
 
 def test_what_cannot_be_run_is_refused(model, vector):

@@ -52,7 +52,7 @@ def test_memory_is_as_foretold(variant, checkpoint):
     expected = footprint(decoder.config, ROWS, COLUMNS, sampling=sampling)
     shape = decoder.config.n_layers, decoder.config.dim
     vector = ts.SteeringVector._from_means(torch.randn(shape), torch.zeros(shape))
-    edits = [[vector.at(L).add(weight=0.1) for L in range(shape[0])]] * ROWS
+    edits = [[vector.at(L).add() for L in range(shape[0])]] * ROWS
     made = []
 
     def decode():

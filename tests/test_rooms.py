@@ -19,6 +19,7 @@ ROOMS = (  # from below; none imports one that is behind it here
     "demo",
     "experiments",
     "inspection",
+    "specs",
     "cli",
     "__main__",
 )

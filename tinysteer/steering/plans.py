@@ -81,8 +81,8 @@ def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
         try:
             if file not in vectors:
                 vectors[file] = SteeringVector.load(folder / file)
-            first, last = entry[key] if key == "layers" else (entry[key],) * 2
-            directions = vectors[file].at(range(first, last + 1))
+            first, last = entry[key] if key == "layers" else (entry[key], None)
+            directions = vectors[file].at(span(first, last) if key == "layers" else [first])
         except (ValueError, FileNotFoundError) as error:
             key = key if file in vectors else "vector"
             raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None
@@ -122,9 +122,16 @@ def check_entry(entry: Any, name: str) -> None:
         raise ValueError(f"{name}.{key} is {entry[key]!r:.40}; it must be {words}")
 
 
+def span(first: int, last: int) -> range:
+    """The layers from the first to the last, both included. ValueError where there are none."""
+    if not 0 <= first <= last:
+        raise ValueError(f"layers {first} to {last}: write the first and the last, from 0 on")
+    return range(first, last + 1)
+
+
 def is_span(value: Any) -> bool:
     whole = isinstance(value, Sequence) and all(is_number(v, Integral) for v in value)
-    return whole and len(value) == 2 and 0 <= value[0] <= value[1]
+    return whole and len(value) == 2 and bool(span(*value))
 
 
 def is_number(value: Any, kind: Any = Real) -> bool:
