@@ -224,7 +224,7 @@ MISTAKES = {  # one sentence on stderr, exit code 1; {pairs}, {v} and {model} ar
     "a system message, raw": ("generate -m m x --raw --system s", "leave out --raw"),
     "no template": ("generate -m {model} x --system s", "without a chat template"),
     "fewer than no tokens": ("explain -m m x --max-new-tokens -1", "0 or more"),
-    "layers backwards": ("generate x --steer {v}@3-1:add", "v.safetensors@3-1:add: [3"),
+    "layers backwards": ("generate x --steer {v}@3-1:add", "v.safetensors@3-1:add: layers 3 to 1"),
     "no batch": ("extract -m m p -o v --batch-size 0", "batch_size is 0"),
     "inspect neither": ("inspect ./nowhere", "there is no folder ./nowhere"),
 }

@@ -126,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     )
     steered.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
 
-    one = commands.add_parser("demo", help="steer the embedded model: tables and texts, a minute")
+    one = commands.add_parser(
+        "demo", help="steer the embedded model: a text and a table, in half a minute"
+    )
     one.add_argument("--json", action="store_true", help="print everything as one JSON object")
     command.add_threads(one)
     one.set_defaults(run=run_tables)

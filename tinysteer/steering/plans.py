@@ -82,7 +82,7 @@ def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
             if file not in vectors:
                 vectors[file] = SteeringVector.load(folder / file)
             first, last = entry[key] if key == "layers" else (entry[key], None)
-            directions = vectors[file].at(span(first, last) if key == "layers" else [first])
+            directions = vectors[file].at(span(first, last) if last is not None else [first])
         except (ValueError, FileNotFoundError) as error:
             key = key if file in vectors else "vector"
             raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None
