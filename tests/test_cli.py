@@ -24,8 +24,8 @@ def folder(checkpoint):
 
 @pytest.fixture
 def pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
     rows = [{"with": f"{word}, please", "without": word} for word in ("one", "two", "three")]
+    path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     return path
 
@@ -39,9 +39,8 @@ def vector(folder, pairs, tmp_path, capsys):
 
 
 def test_extract_writes_the_vector_that_python_gets(folder, vector):
-    model = ts.load(folder)
     words = ["one", "two", "three"]
-    expected = ts.extract(model, [f"{word}, please" for word in words], words)
+    expected = ts.extract(ts.load(folder), [f"{word}, please" for word in words], words)
     written = ts.SteeringVector.load(vector)
     assert (written.directions - expected.directions).abs().max() < 1e-6
     assert written.metadata["pairs"] == "3"
@@ -124,16 +123,16 @@ def test_threads_are_those_asked_for_or_one_for_a_small_model(monkeypatch, folde
     used = []
     monkeypatch.setattr("torch.set_num_threads", used.append)
     monkeypatch.setattr("tinysteer.cli.run_demo", lambda as_json: None)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for command in (["generate", "-m", folder, "x", "--max-new-tokens", "1"], ["demo"]):
+    runs = f"generate -m {folder} x --max-new-tokens 1", "reproduce lens --source tiny-base", "demo"
+    for command in map(str.split, runs):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         main(command)
         main([*command, "--threads", "3"])
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         main(command)
-        monkeypatch.delenv("OMP_NUM_THREADS")
-    large = SimpleNamespace(config=SimpleNamespace(dim=512), device=torch.device("cpu"))
-    use_threads(None, large)
-    assert used == [1, 3, 1, 3]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    use_threads(None, SimpleNamespace(config=SimpleNamespace(dim=512), device=torch.device("cpu")))
+    assert used == [1, 3] * 3
 
 
 def test_streaming_prints_the_same_text(folder, capsys):
@@ -223,6 +222,7 @@ MISTAKES = {  # one sentence on stderr, exit code 1; {pairs}, {v} and {model} ar
     "two streams": ("generate x --compare --stream --steer {v}@1:add", "leave out --stream"),
     "a system message, raw": ("generate -m m x --raw --system s", "leave out --raw"),
     "no template": ("generate -m {model} x --system s", "without a chat template"),
+    "no seed": ("generate -m m x --temperature 1 --seed -1", "seed is -1"),
     "fewer than no tokens": ("explain -m m x --max-new-tokens -1", "0 or more"),
     "layers backwards": ("generate x --steer {v}@3-1:add", "v.safetensors@3-1:add: layers 3 to 1"),
     "no batch": ("extract -m m p -o v --batch-size 0", "batch_size is 0"),
@@ -289,7 +289,7 @@ USAGE = {  # and the end of what is said
     f"generate x --steer {V}:add": "as in v.safetensors@12:add=1.5x",
     f"generate x --steer {V}@1:push": "is none of add, to_target, at_least, at_most, ablate",
     f"generate x --steer {V}@1:totarget": "; did you mean to_target?",
-    f"generate x --steer {V}@1:add=much": "'much' is not a number",
+    f"generate x --steer {V}@1:add=much": "could not convert string to float: 'much'",
     f"generate x --steer {V}@1:ablate=1": "ablate takes no number",
     f"generate x --steer {V}@1:to_target=2x": "to_target takes no number with an x",
     f"generate x --steer {V}@1:add=1:sometimes": "and not FIRST,STOP",

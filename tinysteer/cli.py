@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tinysteer.decoding.generation import nearest, settled
+from tinysteer.decoding.generation import nearest, per_prompt, settled
 from tinysteer.demo.show import run_demo
 from tinysteer.experiments import command
 from tinysteer.extraction import METHODS, extract
@@ -227,7 +227,8 @@ def run_generate(options: argparse.Namespace) -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
     settings = {name: getattr(options, name) for name in (*names, "batch_size")}
     settings["chat"] = not options.raw
-    settled(settings)  # refuses what is out of range before anything is loaded
+    settled(settings)  # refuses what is out of range before anything is loaded, as below
+    per_prompt("seed", options.seed, 1)
     if options.compare and options.stream:
         raise ValueError("--compare shows whole answers: leave out --stream")
     if options.compare and not options.steer:
@@ -257,12 +258,11 @@ def as_json(prompt: str, answers: dict[str, Answer]) -> str:
 
 def as_text(answers: dict[str, Answer]) -> str:
     """One below the other, lines of a text below its first."""
-    labels = {way: f"{way}:".ljust(9) if way else "" for way in answers}
-    indented = (
-        label + answers[way].text.replace("\n", "\n" + " " * len(label))
-        for way, label in labels.items()
-    )
-    return "\n".join(indented)
+    lines = []
+    for way, answer in answers.items():
+        label = f"{way}:".ljust(9) if way else ""
+        lines.append(label + answer.text.replace("\n", "\n" + " " * len(label)))
+    return "\n".join(lines)
 
 
 def run_explain(options: argparse.Namespace) -> None:

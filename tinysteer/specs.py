@@ -42,48 +42,34 @@ GRAMMAR = f"""\
 """
 
 
-def reported(parse: Callable) -> Callable:
-    """For argparse, which shows no sentence but an ArgumentTypeError's."""
-
-    def parsed(spec: str) -> Callable:
-        try:
-            return parse(spec)
-        except ValueError as error:
-            raise ArgumentTypeError(str(error)) from None
-
-    return parsed
-
-
-@reported
 def parse_steer(spec: str) -> Callable[[], list[Edit]]:
     """A plan's file, or FORM -> what reads its edits. ArgumentTypeError."""
     if spec.endswith(".json"):
         return partial(load_plan, spec)
     match = re.fullmatch(f"{PLACE}:{MOVE}", spec)
     if not match:
-        raise ValueError(
+        raise ArgumentTypeError(
             f"{spec!r} is not a plan.json and not {FORM}, as in v.safetensors@12:add=1.5x"
         )
     verb, number, unit, where = match.group("verb", "number", "unit", "where")
     if verb not in VERBS:
-        raise ValueError(f"{verb!r} is none of {', '.join(VERBS)}{nearest(verb, [*VERBS])}")
-    how: dict[str, float | Where] = {"where": parse_window(where)} if where else {}
-    if number is not None:
-        if unit not in NUMBERS[verb]:
-            raise ValueError(f"{verb} takes no number{' with an x' * bool(unit)}")
-        try:
+        raise ArgumentTypeError(f"{verb!r} is none of {', '.join(VERBS)}{nearest(verb, [*VERBS])}")
+    if number and unit not in NUMBERS[verb]:
+        raise ArgumentTypeError(f"{verb} takes no number{' with an x' * bool(unit)}")
+    try:
+        how: dict[str, float | Where] = {"where": parse_window(where or "all")}
+        if number:
             how[NUMBERS[verb][unit]] = float(number)
-        except ValueError:
-            raise ValueError(f"{number!r} is not a number") from None
+    except ValueError as error:
+        raise ArgumentTypeError(f"{spec!r}: {error}") from None
     return partial(read, spec, match, lambda place: getattr(place, verb)(**how))
 
 
-@reported
 def parse_read(spec: str) -> Callable[[], list[Direction]]:
     """PLACE_FORM -> what reads its directions. ArgumentTypeError."""
     match = re.fullmatch(PLACE, spec)
     if not match:
-        raise ValueError(f"{spec!r} is not {PLACE_FORM}, as in v.safetensors@12")
+        raise ArgumentTypeError(f"{spec!r} is not {PLACE_FORM}, as in v.safetensors@12")
     return partial(read, spec, match, list)
 
 
@@ -125,8 +111,9 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
         if folder or is_embedded(prompt):
             kind = "a folder" if folder else "a model"
             raise ValueError(f"{prompt!r} is {kind}, not a prompt: as the model, write -m {prompt}")
-        lines = (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-        found = [*lines] if prompt == "-" else [prompt]
+        found = [prompt]
+        if prompt == "-":
+            found = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         if not found:
             raise ValueError("there are no prompts on the standard input")
         prompts += found
