@@ -122,7 +122,7 @@ def test_a_system_message_stands_before_each_prompt(tiny, capsys):
 def test_threads_are_those_asked_for_or_one_for_a_small_model(monkeypatch, folder, capsys):
     used = []
     monkeypatch.setattr("torch.set_num_threads", used.append)
-    monkeypatch.setattr("tinysteer.cli.run_demo", lambda as_json: None)
+    monkeypatch.setattr("tinysteer.demo.show.measure", lambda say: None)
     runs = f"generate -m {folder} x --max-new-tokens 1", "reproduce lens --source tiny-base", "demo"
     for command in map(str.split, runs):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

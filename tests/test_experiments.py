@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import re
-import shlex
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from corpus import TOPICS
 
 import tinysteer as ts
 from tinysteer import experiments
-from tinysteer.cli import main, parser
+from tinysteer.cli import main
 from tinysteer.evaluation import quality
 from tinysteer.evaluation.selection import LOW_PERPLEXITY, choose_layer
 from tinysteer.experiments import (
@@ -653,14 +652,3 @@ def test_the_command_takes_any_window(brief, tmp_path):
         command = ["reproduce", "similarity", "--limit", "2", "--where", window, "--out", str(out)]
         assert main(command) == 0
         assert json.loads((out / "summary.json").read_text())["settings"]["where"] == where
-
-
-def test_every_command_of_its_readme_is_one():
-    readme = Path(experiments.__file__).with_name("README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
-    commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 8
-    for line in commands:
-        name, *arguments = shlex.split(line)
-        assert name == "tinysteer"
-        parser().parse_args(arguments)

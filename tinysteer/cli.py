@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--json", action="store_true", help="print everything as one JSON object")
     command.add_threads(one)
-    one.set_defaults(run=run_tables)
+    one.set_defaults(run=lambda options: run_demo(options.json, options.threads))
 
     one = commands.add_parser(
         "extract", parents=[model], help="pairs of prompts in, a steering vector out"
@@ -192,11 +192,6 @@ def load_model(options: argparse.Namespace) -> LanguageModel:
     model = load(options.model, options.dtype, options.device, options.revision)
     command.use_threads(options.threads, model)
     return model
-
-
-def run_tables(options: argparse.Namespace) -> None:
-    command.use_threads(options.threads)
-    run_demo(options.json)
 
 
 def run_extract(options: argparse.Namespace) -> None:

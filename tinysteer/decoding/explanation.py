@@ -149,27 +149,29 @@ def explain(
             chosen = decode_tokens(decoding, batch, lambda n: [edits])
             new = [token for (token,), _ in chosen if token >= 0]
     ids = [*prompt, *new]
-    tokens = torch.tensor([ids[:-1] if new else ids], device=like.device)  # the last new is not run
-    plain = Watching(unsteered, {v.layer for v in read})
-    steered = Watching(seam([edits], like), {edit.layer for edit in edits})
-    ends = []
-    for watching in (plain, steered):
-        cache = Cache(decoder, torch.zeros(1, dtype=torch.long), len(prompt), tokens.shape[1])
+    run = ids[:-1] if new else ids  # the last new one is not
+    tokens, zero = torch.tensor([run], device=like.device), torch.tensor([0], device="cpu")
+    seams = {
+        "plain": Watching(unsteered, {v.layer for v in read}),
+        "steered": Watching(seam([edits], like), {edit.layer for edit in edits}),
+    }
+    ends, states = {}, {}
+    for way, watching in seams.items():
+        cache = Cache(decoder, zero, len(prompt), len(run))
         parts = [decoder(part, cache, watching) for part in tokens.split(CHUNK, dim=1)]
-        ends.append(torch.cat(parts, dim=1))
-    likeliest = int(decoder.logits(ends[1][:, -1:]).argmax())
+        ends[way] = torch.cat(parts, dim=1)
+        states[way] = {L: torch.cat(met, 1)[0].double() for L, met in watching.met.items()}
+    likeliest = int(decoder.logits(ends["steered"][:, -1:]).argmax())
     following = torch.tensor([[*ids[1:], *([] if new else [likeliest])]], device=like.device)
-    odds = torch.cat([logprobs_of(decoder, h, following).exp().cpu() for h in ends])
+    odds = [logprobs_of(decoder, h, following)[0].exp().cpu() for h in ends.values()]
     positions = [*range(1 - len(prompt), 1 + len(new))]
-    states = {L: torch.cat(met, 1)[0].double() for L, met in plain.met.items()}
-    readings = [states[v.layer] @ v.direction.cpu().double() for v in read]
-    states = {L: torch.cat(met, 1)[0].double() for L, met in steered.met.items()}
-    moves = replay(states, edits, torch.tensor(positions[: tokens.shape[1]]), like.dtype)
+    moves = replay(states["steered"], edits, positions[: len(run)], like.dtype)
+    readings = [states["plain"][v.layer] @ v.direction.cpu().double() for v in read]
 
     def whole(rows: Sequence[Tensor]) -> Tensor:
         """Rows of what was run -> (rows, T) float32, nan for the rest."""
-        numbers = torch.stack([*rows]) if len(rows) else torch.zeros(0, tokens.shape[1])
-        return F.pad(numbers.float(), (0, len(ids) - tokens.shape[1]), value=float("nan"))
+        numbers = torch.stack([*rows, torch.zeros(len(run), device="cpu")])[:-1]  # may be none
+        return F.pad(numbers.float(), (0, len(ids) - len(run)), value=float("nan"))
 
     return Explanation(
         tokens=tokenizer.pieces(ids),
@@ -178,7 +180,7 @@ def explain(
         before=whole([before for before, _, _ in moves]),
         d=whole([d for _, d, _ in moves]),
         length=whole([length for _, _, length in moves]),
-        odds=whole(odds.unbind()),
+        odds=whole(odds),
         behind="" if new else tokenizer.pieces([ids[-1], likeliest])[1],
         read=read,
         readings=whole(readings),
@@ -186,13 +188,13 @@ def explain(
 
 
 def replay(
-    states: dict[int, Tensor], edits: Sequence[Edit], position: Tensor, dtype: torch.dtype
+    states: dict[int, Tensor], edits: Sequence[Edit], positions: list[int], dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What each edit met and did, one after another: projection, d and the state's length, (T,).
 
     states: a layer's (T, D) before its edits. dtype: what directions are rounded to.
     """
-    moves = []
+    moves, position = [], torch.tensor(positions, device="cpu")
     for edit in edits:
         h, u, move = states[edit.layer], edit.direction.cpu().to(dtype).double(), edit.move
         before = h @ u

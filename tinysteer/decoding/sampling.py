@@ -3,6 +3,7 @@
 import copy
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class Sampler:
             torch.Generator("cpu").manual_seed(secrets.randbits(63) if seed is None else seed)
             for seed in seeds
         ]
-        draws = [torch.rand(n_draws, generator=g, dtype=torch.float64) for g in generators]
+        host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        draws = [torch.rand(n_draws, generator=g, **host) for g in generators]
         self.draws = torch.stack(draws).to(device)  # (B, n_draws)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         cuts = (top_k, top_p, min_p)
