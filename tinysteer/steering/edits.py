@@ -119,6 +119,12 @@ def number(value: float) -> float:
     raise ValueError(f"{NUMBERS} must be finite numbers, not {value!r:.40}")
 
 
+def unit(directions: Tensor) -> Tensor:
+    """(n_layers, D) -> the same at length 1; rows of zeros stay."""
+    norms = directions.norm(dim=-1, keepdim=True)
+    return torch.where(norms > 0, directions / norms, 0.0)
+
+
 def levels_up() -> int:
     """How far above the caller the first frame lies that is neither ours nor torch's."""
     frame, levels = sys._getframe(1), 1

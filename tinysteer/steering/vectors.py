@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinysteer.loading.hub import pull, push
 from tinysteer.steering import hub_card
-from tinysteer.steering.edits import Direction, Directions, Origin
+from tinysteer.steering.edits import Direction, Directions, Origin, unit
 from tinysteer.text.files import read_tensors, write_tensors
 from tinysteer.text.tokenizer import Prompt
 
@@ -30,11 +30,9 @@ CONVENTION = "layer L is the residual stream after block L, counted from 0"
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector:
-    """One direction per layer, and what extraction measured along it.
+    """One direction per layer, and what extraction measured along it; all float32 on the CPU.
 
-    All float32 on the CPU. A layer whose states did not differ has a zero direction and norm.
-
-    A value: `a + b`, `a - b`, `2 * a`, `-a` and `a / 2` are vectors, whose difference at every
+    A layer whose states did not differ has a zero direction and norm. A value: `a + b`, `a - b`, `2 * a`, `-a` and `a / 2` are vectors, whose difference at every
     layer (`norms * directions`) is that of the differences; `a == b` compares all numbers, not
     the metadata. The algebra sees a vector as a way from the states without the instruction, so
     that a result's target is its baseline plus its norm: `(2 * a).at(L).to_target()` goes twice
@@ -91,7 +89,7 @@ class SteeringVector:
         and where the widths differ.
         """
         sides = [] if isinstance(prompts, str) or isinstance(without, str) else [prompts, without]
-        if not sides or not all(sides):
+        if not all(sides) or not sides:
             raise ValueError("measured_on takes two lists of at least one prompt")
         means = []
         for side in sides:
@@ -145,6 +143,12 @@ class SteeringVector:
         about = self.metadata
         return about.get("name") or about.get("formula") or about.get("pairs_sha256", "")[:8]
 
+    @property
+    def _term(self) -> str:
+        """How it stands in another one's formula."""
+        label = self.label or "a vector"
+        return f"({label})" if "formula" in self.metadata else label
+
     def __repr__(self) -> str:
         about = self.metadata
         facts = [f"{self.n_layers} layers of width {self.dim}"]
@@ -174,7 +178,7 @@ class SteeringVector:
         if not isinstance(factor, numbers.Real):
             return NotImplemented
         factor = float(factor)
-        about = self.metadata | {"formula": f"{factor:g} {term(self)}"}
+        about = self.metadata | {"formula": f"{factor:g} {self._term}"}
         return self._scaled(factor * self.difference, factor * self.moment, about)
 
     __rmul__ = __mul__
@@ -183,7 +187,7 @@ class SteeringVector:
         return self * (1 / divisor) if isinstance(divisor, numbers.Real) else NotImplemented
 
     def __neg__(self) -> "SteeringVector":
-        about = self.metadata | {"formula": f"-{term(self)}"}
+        about = self.metadata | {"formula": f"-{self._term}"}
         return self._scaled(-self.difference, -self.moment, about)
 
     @property
@@ -217,7 +221,7 @@ class SteeringVector:
         directions = unit(noise) * (self.norms != 0)[:, None]
         baselines = (directions * (0.0 if without is None else without)).sum(-1)
         about = {k: v for k, v in self.metadata.items() if k in ("model", "revision", "tinysteer")}
-        about["formula"] = f"random direction {seed} like {term(self)}"
+        about["formula"] = f"random direction {seed} like {self._term}"
         return SteeringVector(directions, self.norms, baselines + self.norms, baselines, about)
 
     @overload
@@ -284,18 +288,6 @@ class SteeringVector:
         return cls.load(pull(repo, HUB_FILE, revision))
 
 
-def unit(directions: Tensor) -> Tensor:
-    """(n_layers, D) -> the same at length 1; rows of zeros stay."""
-    norms = directions.norm(dim=-1, keepdim=True)
-    return torch.where(norms > 0, directions / norms, 0.0)
-
-
-def term(vector: SteeringVector) -> str:
-    """How a vector stands in another one's formula."""
-    label = vector.label or "a vector"
-    return f"({label})" if "formula" in vector.metadata else label
-
-
 def combine(a: SteeringVector, b: SteeringVector, sign: float) -> SteeringVector:
     """a + sign b. ValueError where they have other layers or another width."""
     if a.directions.shape != b.directions.shape:
@@ -309,5 +301,5 @@ def combine(a: SteeringVector, b: SteeringVector, sign: float) -> SteeringVector
         for key, value in a.metadata.items()
         if key in b.metadata
     }
-    about["formula"] = f"{term(a)} {'+' if sign > 0 else '-'} {term(b)}"
+    about["formula"] = f"{a._term} {'+' if sign > 0 else '-'} {b._term}"
     return a._scaled(difference * left[:, None], a.moment + sign * b.moment, about)
