@@ -40,7 +40,7 @@ def edits_for(model) -> list:
     a, b = (ts.SteeringVector._from_means(torch.randn(shape), torch.zeros(shape)) for _ in range(2))
     layers = torch.linspace(1, model.config.n_layers - 2, 4).int().tolist()
     return [
-        edit for L in layers for edit in (a.at(L).add(weight=0.5), b.at(L).to_target(target=0.5))
+        edit for L in layers for edit in (a.at(L).add(times=0.02), b.at(L).to_target(target=0.5))
     ]
 
 

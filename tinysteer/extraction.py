@@ -173,6 +173,8 @@ def check_sides(model: LanguageModel, sides: Mapping[str, Side], method: str, ch
     """ValueError for sides that are not pairs, or that the method or the model cannot use."""
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(map(repr, METHODS))}")
+    if strings := [key for key, side in sides.items() if isinstance(side, str)]:
+        raise ValueError(f"{strings[0]} is a string: extract takes two lists of prompts")
     if len(set(map(size, sides.values()))) > 1:
         counts = " and ".join(f"{size(side)} {name}" for name, side in sides.items())
         raise ValueError(f"prompts come in pairs, but there are {counts}")

@@ -57,6 +57,8 @@ def reproduce(
     began = time.perf_counter()
     if source and experiment not in ("transfer", "length", "words"):
         raise ValueError(f"{experiment} takes no vectors from elsewhere: leave out the source")
+    if experiment == "transfer" and source is None:
+        raise ValueError("transfer needs the model that vectors come from: --source MODEL")
     study = Study(experiment, model, Path(out), settings or Settings(), reader, source)
     findings = EXPERIMENTS[experiment](study)
     findings.notes += dict.fromkeys(study.notes)

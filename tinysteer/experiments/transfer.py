@@ -9,8 +9,7 @@ from tinysteer.experiments.texts import of_instruction
 
 def run(study: Study) -> Findings:
     """Vectors and targets of `study.source`, against those of the model itself."""
-    if study.source is None:
-        raise ValueError("transfer needs the model that vectors come from: --source MODEL")
+    assert study.source is not None
     items = test_items(study)
     wanted, ways, validated = list(of_instruction(items)), {}, []
     for name, model in (("cross", study.source), ("own", study.model)):

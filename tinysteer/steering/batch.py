@@ -95,7 +95,7 @@ def check_fit(rows: Rows, n_layers: int, dim: int, model: str = "", revision: st
     edits = [edit for row in distinct(rows) for edit in row]
     for edit in edits:
         origin = edit.origin or here
-        maker = f"it was made for {origin.model or 'another model'}"
+        maker = f"it was made for {origin.model or 'another model'}: is that the model you meant?"
         if edit.direction.shape != (dim,):
             raise ValueError(f"the vector is {len(edit.direction)} wide, this model {dim}: {maker}")
         if not 0 <= edit.layer < n_layers:

@@ -32,11 +32,12 @@ CONVENTION = "layer L is the residual stream after block L, counted from 0"
 class SteeringVector:
     """One direction per layer, and what extraction measured along it; all float32 on the CPU.
 
-    A layer whose states did not differ has a zero direction and norm. A value: `a + b`, `a - b`, `2 * a`, `-a` and `a / 2` are vectors, whose difference at every
-    layer (`norms * directions`) is that of the differences; `a == b` compares all numbers, not
-    the metadata. The algebra sees a vector as a way from the states without the instruction, so
-    that a result's target is its baseline plus its norm: `(2 * a).at(L).to_target()` goes twice
-    as far as `a`, `-a` as far in the other direction.
+    A layer whose states did not differ has a zero direction and norm. A value: `a + b`, `a - b`,
+    `2 * a`, `-a` and `a / 2` are vectors, whose difference at every layer (`norms * directions`) is
+    that of the differences; `a == b` compares all numbers, not the metadata. The algebra sees a
+    vector as a way from the states without the instruction, so that a result's target is its
+    baseline plus its norm: `(2 * a).at(L).to_target()` goes twice as far as `a`, `-a` as far in the
+    other direction.
     """
 
     directions: Tensor  # (n_layers, D), rows of unit length
