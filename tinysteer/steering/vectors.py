@@ -89,18 +89,16 @@ class SteeringVector:
         model: a `LanguageModel`, whose number of layers the result has. ValueError for no prompts
         and where the widths differ.
         """
-        sides = [] if isinstance(prompts, str) or isinstance(without, str) else [prompts, without]
-        if not all(sides) or not sides:
-            raise ValueError("measured_on takes two lists of at least one prompt")
         means = []
-        for side in sides:
+        for side in (prompts, without):
+            if isinstance(side, str) or not side:
+                raise ValueError("measured_on takes two lists of at least one prompt")
             ids = (torch.tensor([model.tokenizer.ids(prompt, chat)]) for prompt in side)
             states = [model.residuals(row)[:, 0, -1].double().cpu() for row in ids]
             means.append(sum(states) / len(states))
-        (n_layers, D), more = means[0].shape, len(means[0]) - self.n_layers
-        if self.dim != D or more < 0:
-            shape = f"{self.n_layers} layers of width {self.dim}"
-            raise ValueError(f"the vector has {shape}, the model {n_layers} of width {D}")
+        (n_layers, D), own = means[0].shape, f"{self.n_layers} layers of width {self.dim}"
+        if self.dim != D or (more := n_layers - self.n_layers) < 0:
+            raise ValueError(f"the vector has {own}, the model {n_layers} of width {D}")
         u = F.pad(self.directions.double(), (0, 0, 0, more))
         targets, baselines = ((mean * u).sum(-1).float() for mean in means)
         about = self.metadata | {"model": model.name, "revision": model.revision}
