@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class MeanResiduals:
     n: int
     digest: str  # of the prompts
     source: tuple[str, str, bool]  # model, revision, whether the prompts were formatted
+
+    def __len__(self) -> int:
+        return self.n
 
 
 Side = Sequence[Prompt] | MeanResiduals  # the prompts of one side of the pairs, or their mean
@@ -133,14 +137,14 @@ def extract(
     sides: dict[str, Any] = {"with_instruction": with_instruction, "without": without}
     check_sides(model, sides, method, chat)
     digests = [s.digest if isinstance(s, MeanResiduals) else digest(s) for s in sides.values()]
-    if size(without) and digests[0] == digests[1]:
+    if len(without) and digests[0] == digests[1]:
         raise ValueError(SAME)
     metadata = {
         "name": name,
         "model": model.name,
         "revision": model.revision,
         "method": METHODS[method],
-        "pairs": str(size(without)),
+        "pairs": str(len(without)),
         "pairs_sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "prompts": "as they are" if not chat else "formatted",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -149,13 +153,10 @@ def extract(
     }
     metadata = {key: value for key, value in metadata.items() if value}
     if method == "mean":
-        means = [
-            side
-            if isinstance(side, MeanResiduals)
-            else mean_residuals(model, side, chat=chat, batch_size=batch_size)
-            for side in sides.values()
-        ]
-        a, b, directions = means[0].mean, means[1].mean, None
+        run = partial(mean_residuals, model, chat=chat, batch_size=batch_size)
+        means = (s if isinstance(s, MeanResiduals) else run(s) for s in sides.values())
+        a, b = (side.mean for side in means)
+        directions = None
     else:
         x, y = (all_residuals(model, side, chat, batch_size) for side in sides.values())
         a, b, directions = x.mean(1), y.mean(1), principal(x - y)
@@ -164,19 +165,14 @@ def extract(
     return SteeringVector._from_means(a, b, metadata, directions)
 
 
-def size(side: Side) -> int:
-    """How many prompts."""
-    return side.n if isinstance(side, MeanResiduals) else len(side)
-
-
 def check_sides(model: LanguageModel, sides: Mapping[str, Side], method: str, chat: bool) -> None:
     """ValueError for sides that are not pairs, or that the method or the model cannot use."""
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(map(repr, METHODS))}")
     if strings := [key for key, side in sides.items() if isinstance(side, str)]:
         raise ValueError(f"{strings[0]} is a string: extract takes two lists of prompts")
-    if len(set(map(size, sides.values()))) > 1:
-        counts = " and ".join(f"{size(side)} {name}" for name, side in sides.items())
+    if len(set(map(len, sides.values()))) > 1:
+        counts = " and ".join(f"{len(side)} {name}" for name, side in sides.items())
         raise ValueError(f"prompts come in pairs, but there are {counts}")
     for key, side in sides.items():
         if not isinstance(side, MeanResiduals):

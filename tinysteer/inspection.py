@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from tinysteer.experiments.presets import described
 from tinysteer.loading.checkpoint import load_config
 from tinysteer.loading.hub import fetch
 from tinysteer.model.config import Config
@@ -53,7 +54,7 @@ def inspect_model(source: str, revision: str | None) -> str:
         "stops at": ", ".join(name(i) or str(i) for i in sorted(tokenizer.stop_ids)) or "nothing",
     }
     lines = [f"{source}: model"] + [f"  {key}: {value}" for key, value in rows.items()]
-    return "\n".join([*lines, "", *memory_table(c)])
+    return "\n".join([*lines, *described(source), "", *memory_table(c)])
 
 
 def memory_table(config: Config) -> list[str]:

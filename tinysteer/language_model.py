@@ -102,8 +102,8 @@ class LanguageModel:
         self, prompts: Prompts, steer: Steering = None, **options: Unpack[Options]
     ) -> str | list[str]:
         """The texts of `generate` alone: one for a string, a list for a list."""
-        texts = [answer.text for answer in self._generate(prompts, steer, options)]
-        return texts[0] if isinstance(prompts, str) else texts
+        answers = self.generate(prompts, steer, **options)
+        return answers.text if isinstance(answers, Answer) else [one.text for one in answers]
 
     @overload
     def generate(
@@ -123,14 +123,11 @@ class LanguageModel:
         options: see `Options`. ValueError, before anything is run, for a prompt that exceeds the
         context, for edits that do not fit this model, for options unknown or out of range.
         """
-        answers = self._generate(prompts, steer, options)
-        return answers[0] if isinstance(prompts, str) else answers
-
-    def _generate(self, prompts: Prompts, steer: Steering, options: Options) -> list[Answer]:
         texts, pieces = self._begin(prompts, steer, options)
         for _ in pieces:
             pass
-        return [text.answer for text in texts]
+        answers = [text.answer for text in texts]
+        return answers[0] if isinstance(prompts, str) else answers
 
     @overload
     def stream(
@@ -212,10 +209,8 @@ class LanguageModel:
         self._edits([direction.ablate() for direction in directions], 1)  # whether they fit
         limits = per_prompt("max_new_tokens", max_new_tokens, len(ids))
         check_lengths(ids, limits, self.config.context_length)
-        told = [
-            explain(self.pool, self.tokenizer, ids[i], rows[i], directions, limits[i])
-            for i in range(len(ids))
-        ]
+        rest = zip(ids, rows, limits, strict=True)
+        told = [explain(self.pool, self.tokenizer, directions, *row) for row in rest]
         return told[0] if isinstance(prompts, str) else told
 
     @torch.no_grad()

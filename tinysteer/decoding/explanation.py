@@ -134,9 +134,9 @@ class Watching:
 def explain(
     pool: DecodingPool,
     tokenizer: Tokenizer,
+    read: list[Direction],
     prompt: Sequence[int],
     edits: Sequence[Edit],
-    read: list[Direction],
     limit: int,
 ) -> Explanation:
     """Run token ids with their edits, and greedily so many new tokens; then all that was run once
@@ -163,28 +163,16 @@ def explain(
         states[way] = {L: torch.cat(met, 1)[0].double() for L, met in watching.met.items()}
     likeliest = int(decoder.logits(ends["steered"][:, -1:]).argmax())
     following = torch.tensor([[*ids[1:], *([] if new else [likeliest])]], device=like.device)
-    odds = [logprobs_of(decoder, h, following)[0].exp().cpu() for h in ends.values()]
+    chances = [logprobs_of(decoder, h, following)[0].exp().cpu() for h in ends.values()]
     positions = [*range(1 - len(prompt), 1 + len(new))]
     moves = replay(states["steered"], edits, positions[: len(run)], like.dtype)
-    readings = [states["plain"][v.layer] @ v.direction.cpu().double() for v in read]
-
-    def whole(rows: Sequence[Tensor]) -> Tensor:
-        """Rows of what was run -> (rows, T) float32, nan for the rest."""
-        numbers = torch.stack([*rows, torch.zeros(len(run), device="cpu")])[:-1]  # may be none
-        return F.pad(numbers.float(), (0, len(ids) - len(run)), value=float("nan"))
-
-    return Explanation(
-        tokens=tokenizer.pieces(ids),
-        positions=positions,
-        edits=list(edits),
-        before=whole([before for before, _, _ in moves]),
-        d=whole([d for _, d, _ in moves]),
-        length=whole([length for _, _, length in moves]),
-        odds=whole(odds),
-        behind="" if new else tokenizer.pieces([ids[-1], likeliest])[1],
-        read=read,
-        readings=whole(readings),
-    )
+    projections = [states["plain"][v.layer] @ v.direction.cpu().double() for v in read]
+    rows = [*(row for kind in zip(*moves, strict=True) for row in kind), *chances, *projections]
+    whole = torch.stack([row.float() for row in rows])  # of what was run, and nan for the rest:
+    whole = F.pad(whole, (0, len(ids) - len(run)), value=torch.nan)
+    before, d, length, odds, readings = whole.split([*[len(edits)] * 3, 2, len(read)])
+    names, behind = tokenizer.pieces(ids), "" if new else tokenizer.pieces([ids[-1], likeliest])[1]
+    return Explanation(names, positions, [*edits], before, d, length, odds, behind, read, readings)
 
 
 def replay(

@@ -144,9 +144,8 @@ def decode(
             cuts = options["top_k"], options["top_p"], options["min_p"]
             drawn = [seeds[i] for i in rows], max(limits), options["temperature"]
             sampler = Sampler(*drawn, *cuts, device)
-        ids = [prompts[i] for i in rows]
         how = limits, texts[0].stop_ids, sampler, options["kernels"]
-        batch = Batch.of(ids, pool.decoder, *how)
+        batch = Batch.of([prompts[i] for i in rows], pool.decoder, *how)
 
         def of_rows(n: int, rows: list[int] = rows) -> Rows:
             lists = edits(n)
@@ -154,18 +153,15 @@ def decode(
 
         with pool.take(len(rows), batch.length, options["graph"]) as decoding:
             steps = decode_tokens(decoding, batch, of_rows)
-            yield from pushed(steps, rows, [texts[i] for i in rows], decoding)
+            yield from pushed(steps, {i: texts[i] for i in rows}, decoding)
 
 
 def pushed(
-    steps: Iterator[tuple[list[int], list[float]]],
-    rows: Sequence[int],
-    texts: Sequence[TextStream],
-    decoding: Decoding,
+    steps: Iterator[tuple[list[int], list[float]]], texts: dict[int, TextStream], decoding: Decoding
 ) -> Iterator[tuple[int, str]]:
-    """Each step's tokens put into the rows' texts, and what that makes certain."""
+    """Each step's tokens put into the texts, a row each, and what that makes certain."""
     for tokens, logprobs in steps:
-        for b, text in enumerate(texts):
+        for b, (prompt, text) in enumerate(texts.items()):
             if text.done:
                 continue
             if tokens[b] == BROKEN:
@@ -174,8 +170,8 @@ def pushed(
                     "lower the weights of the edits, or load the model in bfloat16 or float32"
                 )
             if piece := text.push(tokens[b], logprobs[b]):
-                yield rows[b], piece
+                yield prompt, piece
             if text.done:
                 decoding.end(b)
-        if all(text.done for text in texts):
+        if all(text.done for text in texts.values()):
             return

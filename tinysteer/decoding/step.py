@@ -91,11 +91,6 @@ def twice(attempt: Callable, between: Callable[[], None]):
     return attempt()
 
 
-def rounded(n: int) -> int:
-    """Up to a power of two."""
-    return 1 << (n - 1).bit_length()
-
-
 def weights_key(decoder: Decoder) -> int:
     """What changes when weights move, as they do when others take their place."""
     return hash(tuple((p.device, p.data_ptr(), p.dtype) for p in decoder.parameters()))
@@ -111,8 +106,8 @@ class Decoding:
     """
 
     def __init__(self, decoder: Decoder, rows: int, length: int, means: Means = Means()):
-        self.decoder, self.means = decoder, means
-        self.key = weights_key(decoder)
+        self.decoder, self.means, self.key = decoder, means, weights_key(decoder)
+        self.rows, self.length, self.device = rows, length, decoder.embed.weight.device
         self._allocate(rows, length)
         self.samplers: dict[str, Sampler] = {}
         self.graphs: dict[Variant, Callable[[], None]] = {}
@@ -137,18 +132,6 @@ class Decoding:
         pin = self.tokens.is_cuda
         like = self.chosen, self.logprobs
         return [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=pin) for t in like]
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.embed.weight.device
-
-    @property
-    def rows(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def length(self) -> int:
-        return self.cache.length
 
     @property
     def lag(self) -> int:

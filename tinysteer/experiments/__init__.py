@@ -5,26 +5,41 @@ tinysteer reproduce EXPERIMENT -m MODEL --out FOLDER
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from tinysteer.evaluation.quality import JUDGES, Judge
-from tinysteer.experiments import formats, geometry, length, multi, transfer, words
-from tinysteer.experiments.corpus import corpus_for
-from tinysteer.experiments.pictures import draw
-from tinysteer.experiments.report import Findings, quality
+from tinysteer.experiments import formats, geometry, length, multi, words
+from tinysteer.experiments.report import examples, quality, write
 from tinysteer.experiments.study import Settings, Study
+from tinysteer.experiments.texts import corpus_for
 from tinysteer.language_model import LanguageModel
 
-EXPERIMENTS: dict[str, Callable[[Study], Findings]] = {
+EXPERIMENTS = {
     "format": formats.run,
     "length": length.run,
     "words": words.run,
     "multi": multi.run,
-    "transfer": transfer.run,
+    "transfer": formats.run,
     "similarity": geometry.similarity,
     "lens": geometry.lens,
 }
+EXTRA = ("langdetect", "nltk", "punkt")  # by which languages are told, and sentences counted
+
+
+def check(experiment: str, source: bool, embedded: bool) -> None:
+    """ValueError for what lacks something, before models are loaded, or anything is run.
+
+    source: whether vectors come from elsewhere; embedded: whether by the embedded models alone.
+    """
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"{experiment!r} is not an experiment: {', '.join(EXPERIMENTS)}")
+    if experiment == "transfer" and not source:
+        raise ValueError("transfer needs the model that vectors come from: --source MODEL")
+    needs_extra = experiment in ("format", "multi", "transfer", *([] if embedded else ["length"]))
+    missing = [name for name in EXTRA if needs_extra and not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f'{experiment} needs {missing[0]}: pip install "tinysteer[eval]"')
 
 
 def reproduce(
@@ -41,29 +56,15 @@ def reproduce(
     A run that was stopped goes on where it was. reader: to whose perplexity a text is spoilt when
     layers are chosen, and is judged after; default the model itself, and not judged. source: where
     vectors come from in "transfer", "length" and "words". judges: what is said of the answers'
-    quality, by name. ValueError for what is not an experiment, for a folder that holds another run,
-    and for extras that are missing: before anything is run.
+    quality, by name. ValueError as `check`, and for a folder that holds another run.
     """
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"{experiment!r} is not an experiment: {', '.join(EXPERIMENTS)}")
-    counts = experiment == "length" and corpus_for(model, source or model).sentences
-    if experiment in ("format", "multi", "transfer") or counts:
-        missing = [m for m in ("langdetect", "nltk", "punkt") if not importlib.util.find_spec(m)]
-        if missing:
-            raise ValueError(
-                f"{experiment} checks languages and counts sentences, without {missing[0]}: "
-                'pip install "tinysteer[eval]"'
-            )
-    began = time.perf_counter()
+    check(experiment, source is not None, not corpus_for(model, source or model).sentences)
     if source and experiment not in ("transfer", "length", "words"):
         raise ValueError(f"{experiment} takes no vectors from elsewhere: leave out the source")
-    if experiment == "transfer" and source is None:
-        raise ValueError("transfer needs the model that vectors come from: --source MODEL")
+    began = time.perf_counter()
     study = Study(experiment, model, Path(out), settings or Settings(), reader, source)
     findings = EXPERIMENTS[experiment](study)
     findings.notes += dict.fromkeys(study.notes)
     findings.tables += quality(study, judges)
-    report = findings.write(study.out, study.about, time.perf_counter() - began)
-    if importlib.util.find_spec("matplotlib"):
-        draw(findings, study.out)
-    return report
+    seconds = time.perf_counter() - began
+    return write(study.out, findings, study.about, seconds, examples(study))

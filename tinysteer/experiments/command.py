@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tinysteer.experiments import EXPERIMENTS, Settings, reproduce
+from tinysteer.experiments import EXPERIMENTS, Settings, check, reproduce
 from tinysteer.language_model import LanguageModel, load
-from tinysteer.loading.hub import EMBEDDED
+from tinysteer.loading.hub import EMBEDDED, is_embedded
 from tinysteer.steering.edits import WINDOWS, parse_window
 
 MODEL = EMBEDDED[0]
@@ -80,11 +80,13 @@ def run(options: argparse.Namespace) -> None:
             f"reproduce takes its model by -m: "
             f"tinysteer reproduce {options.experiment} -m {options.positional}"
         )
-    names = {field.name for field in dataclasses.fields(Settings)}
-    chosen = {k: v for k, v in vars(options).items() if k in names and v is not None}
+    names = {"model": options.model, "reader": options.reader, "source": options.source}
+    embedded = is_embedded(options.model) and is_embedded(options.source or options.model)
+    check(options.experiment, bool(options.source), embedded)
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    chosen = {k: v for k, v in vars(options).items() if k in fields and v is not None}
     readers = {"layers": read_layers, "weights": tuple, "where": parse_window}
     settings = Settings(**{k: readers[k](v) if k in readers else v for k, v in chosen.items()})
-    names = {"model": options.model, "reader": options.reader, "source": options.source}
     models = {k: load(name, options.dtype, options.device) for k, name in names.items() if name}
     use_threads(options.threads, *models.values())
     out = options.out or f"{options.experiment}-{Path(options.model).name}"

@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinysteer.experiments.instructions import all_instructed
-from tinysteer.experiments.intervals import mean
-from tinysteer.experiments.report import Findings, Table
+from tinysteer.experiments.formats import read_pairs, vectors_of
+from tinysteer.experiments.report import Findings, mean, table_of
 from tinysteer.experiments.study import Study
-from tinysteer.experiments.texts import Item, of_instruction, read_items
 from tinysteer.extraction import all_residuals
 
 SHOWN = (  # as in the paper's figure, where there are pairs of them
@@ -29,41 +27,33 @@ CURVES = {
 TOP = 10
 
 
-def pairs_of(study: Study) -> dict[str, list[Item]]:
-    file = study.settings.pairs
-    found = of_instruction(read_items(file) if file else study.corpus.format_items("pairs"))
-    names = [name for name in SHOWN if name in found] or list(found)
-    return {name: found[name][: min(MOST, study.settings.limit or MOST)] for name in names}
-
-
-def curves(asked: Tensor, plain: Tensor) -> dict[str, Tensor]:
+def curves(asked: Tensor, plain: Tensor) -> dict[str, list[float]]:
     """States with and without an instruction, (n_layers, N, D) each -> mean cosines by layer.
 
     As in the authors' script the means over pairs of requests include each with itself.
     """
     a, b = F.normalize(asked, dim=-1), F.normalize(plain, dim=-1)
     return {
-        "same instruction": (a @ a.mT).mean((1, 2)),
-        "same request": (a * b).sum(-1).mean(1),
-        "neither": (b @ b.mT).mean((1, 2)),
+        "same instruction": (a @ a.mT).mean((1, 2)).tolist(),
+        "same request": (a * b).sum(-1).mean(1).tolist(),
+        "neither": (b @ b.mT).mean((1, 2)).tolist(),
     }
 
 
 def similarity(study: Study) -> Findings:
-    size, by_name = study.settings.batch_size, {}
-    for name, items in pairs_of(study).items():
-        states = (
-            all_residuals(study.model, texts, True, size)
-            for texts in ([item.prompt for item in items], [item.request for item in items])
-        )
-        by_name[name] = curves(*states)
-    table = Table("Mean cosine of the last token's states, by layer (mean over instructions)")
-    for layer in range(study.model.config.n_layers):
-        cells = {c: mean([float(each[c][layer]) for each in by_name.values()]) for c in CURVES}
-        table.rows.append({"layer": layer} | cells)
-    data = {name: {c: each[c].tolist() for c in CURVES} for name, each in by_name.items()}
+    pairs, size, by_name = read_pairs(study), study.settings.batch_size, {}
+    for name in [name for name in SHOWN if name in pairs] or pairs:
+        items = pairs[name][: min(MOST, study.settings.limit or MOST)]
+        texts = [item.prompt for item in items], [item.request for item in items]
+        by_name[name] = curves(*(all_residuals(study.model, t, True, size) for t in texts))
+    cells = {
+        (layer, curve): mean([each[curve][layer] for each in by_name.values()])
+        for layer in range(study.model.config.n_layers)
+        for curve in CURVES
+    }
+    title = "Mean cosine of the last token's states, by layer (mean over instructions)"
     notes = [f"{name}: {text}." for name, text in CURVES.items()]
-    return Findings([table], notes, {"curves": data})
+    return Findings([table_of(title, cells, "layer")], notes, {"curves": by_name})
 
 
 @torch.no_grad()
@@ -80,10 +70,11 @@ def top_tokens(study: Study, direction: Tensor) -> list[str]:
 def lens(study: Study) -> Findings:
     """At a third, at two thirds and at the end of the model."""
     n = study.model.config.n_layers
-    table = Table(f"The {TOP} tokens that a direction speaks for")
-    for name, instructed in all_instructed(study, study.model).items():
+    rows = []
+    for name, (own, control) in vectors_of(study, study.model).items():
         for layer in sorted({n // 3, 2 * n // 3, n - 1}):
-            for what, vector in (("", instructed.vector), (", random", instructed.control)):
+            for what, vector in (("", own), (", random", control)):
                 tokens = top_tokens(study, vector.directions[layer])
-                table.rows.append({"": name + what, "layer": layer, "tokens": " ".join(tokens)})
+                rows.append({"": name + what, "layer": layer, "tokens": " ".join(tokens)})
+    table = {"title": f"The {TOP} tokens that a direction speaks for", "rows": rows}
     return Findings([table], ["u times the last norm's gain times the head's rows."])

@@ -142,13 +142,11 @@ def load_decoder(
         module, _, kind = target.rpartition(".")
         shape = decoder.get_parameter(target).shape
         weight = torch.empty(shape, dtype=dtype, device=device)
-        row = 0
-        for name in names:
+        parts = weight.split([stored[name].shape[0] for name in names])
+        for name, part in zip(names, parts, strict=True):
             # Opened anew for each: pages that were read leave memory with the mapping.
             with safe_open(stored[name].path, framework="pt") as file:
-                tensor = file.get_tensor(name)
-            weight[row : row + len(tensor)].copy_(tensor)
-            row += len(tensor)
+                part.copy_(file.get_tensor(name))
         setattr(decoder.get_submodule(module), kind, nn.Parameter(weight, requires_grad=False))
     return decoder.eval()
 

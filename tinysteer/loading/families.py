@@ -81,64 +81,37 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-# The defaults are those of each family's published config class.
-GEMMA_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 256}
-GEMMA3_DEFAULTS = GEMMA_DEFAULTS | {  # sizes too: a multimodal model's text_config is sparse
+# What config.json may leave out, as each family's published config class has it.
+CONTEXT, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
+EPS, KV_HEADS, WINDOW = "rms_norm_eps", "num_key_value_heads", "sliding_window"
+GEMMA_DEFAULTS = {EPS: 1e-6, "tie_word_embeddings": True, "head_dim": 256}
+GEMMA2_DEFAULTS = GEMMA_DEFAULTS | {
+    CONTEXT: 8192,
+    KV_HEADS: 4,
+    WINDOW: 4096,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA3_DEFAULTS = GEMMA2_DEFAULTS | {  # sizes too: a multimodal model's text_config is sparse
+    CONTEXT: 131_072,
     "vocab_size": 262_208,
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 131_072,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
 }
+MISTRAL_DEFAULTS = {CONTEXT: 131_072, EPS: 1e-6, KV_HEADS: 8, WINDOW: 4096}
 FAMILIES = {
-    "llama": Family(LLAMA, defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}),
-    "mistral": Family(
-        LLAMA,
-        "S",
-        defaults={
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131_072,
-            "rms_norm_eps": 1e-6,
-            "sliding_window": 4096,
-        },
-    ),
-    "phi3": Family(
-        PHI3,
-        "S",
-        defaults={
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-        },
-    ),
-    "gemma": Family(
-        LLAMA,
-        "G",
-        gemma,
-        GEMMA_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 8192},
-    ),
-    "gemma2": Family(
-        GEMMA2,
-        "SG",
-        gemma2,
-        GEMMA_DEFAULTS
-        | {
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 8192,
-            "sliding_window": 4096,
-            "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-    ),
+    "llama": Family(LLAMA, defaults={CONTEXT: 2048, EPS: 1e-6}),
+    "mistral": Family(LLAMA, "S", defaults=MISTRAL_DEFAULTS),
+    "phi3": Family(PHI3, "S", defaults={CONTEXT: 4096, ORIGINAL: 4096, EPS: 1e-5}),
+    "gemma": Family(LLAMA, "G", gemma, GEMMA_DEFAULTS | {CONTEXT: 8192, KV_HEADS: 16}),
+    "gemma2": Family(GEMMA2, "SG", gemma2, GEMMA2_DEFAULTS),
     "gemma3_text": Family(GEMMA3, "SSSSSG", gemma3, GEMMA3_DEFAULTS),
 }
 MULTIMODAL = {"gemma3": "gemma3_text"}  # whose text model stands in text_config, except for:
@@ -184,11 +157,11 @@ def build(model_type: str, family: Family, c: dict[str, Any]) -> Config:
         "vocab_size": c["vocab_size"],
         "dim": c["hidden_size"],
         "n_heads": c["num_attention_heads"],
-        "n_kv_heads": c.get("num_key_value_heads") or c["num_attention_heads"],
+        "n_kv_heads": c.get(KV_HEADS) or c["num_attention_heads"],
         "head_dim": head_dim,
         "hidden_dim": c["intermediate_size"],
-        "norm_eps": c["rms_norm_eps"],
-        "context_length": c["max_position_embeddings"],
+        "norm_eps": c[EPS],
+        "context_length": c[CONTEXT],
         "layers": read_layers(c, family, head_dim),
         "tied": bool(c.get("tie_word_embeddings", False)),
         "activation": ACTIVATIONS[activation],
@@ -200,17 +173,13 @@ def build(model_type: str, family: Family, c: dict[str, Any]) -> Config:
 
 def read_layers(c: dict, family: Family, head_dim: int) -> tuple[Layer, ...]:
     """Each layer's window and rope, from `layer_types` or the family's pattern."""
-    pattern = family.pattern
+    pattern, n_layers = family.pattern, c["num_hidden_layers"]
     if period := c.get("sliding_window_pattern") or c.get("_sliding_window_pattern"):
         pattern = "S" * (period - 1) + "G"
-    kinds = c.get("layer_types") or [
-        KINDS[pattern[i % len(pattern)]] for i in range(c["num_hidden_layers"])
-    ]
-    if len(kinds) != c["num_hidden_layers"]:
-        raise ValueError(
-            f"layer_types has {len(kinds)} entries for {c['num_hidden_layers']} layers"
-        )
-    window = c.get("sliding_window")
+    kinds = c.get("layer_types") or [KINDS[pattern[i % len(pattern)]] for i in range(n_layers)]
+    if len(kinds) != n_layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for {n_layers} layers")
+    window = c.get(WINDOW)
     layers = {
         "sliding_attention": Layer(read_rope(c, head_dim, "sliding_attention"), window),
         "full_attention": Layer(read_rope(c, head_dim, "full_attention")),
@@ -249,14 +218,13 @@ def llama3_settings(r: dict, c: dict) -> dict[str, Any]:
         "factor": float(r["factor"]),
         "low_freq_factor": float(r["low_freq_factor"]),
         "high_freq_factor": float(r["high_freq_factor"]),
-        "original_length": r.get("original_max_position_embeddings", c["max_position_embeddings"]),
+        "original_length": r.get(ORIGINAL, c[CONTEXT]),
     }
 
 
 def longrope_settings(r: dict, c: dict) -> dict[str, Any]:
-    context, key = c["max_position_embeddings"], "original_max_position_embeddings"
-    original = c.get(key) or r.get(key) or context
-    factor = r.get("factor") or context / original
+    original = c.get(ORIGINAL) or r.get(ORIGINAL) or c[CONTEXT]
+    factor = r.get("factor") or c[CONTEXT] / original
     scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return {
         "original_length": original,

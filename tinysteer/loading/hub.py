@@ -3,7 +3,7 @@ published there.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,28 +37,27 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
         return folder
     from huggingface_hub import HfApi, snapshot_download  # 0.2 s that a folder need not pay
 
-    nowhere = f"there is no folder {source}, and"
-    absent: list[str] = []
-    with sentences(source, revision, nowhere, absent):
-        patterns = [*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:2])]
+    nowhere = f"there is no folder {source}, and "
+    patterns = [*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:2])]
+    with sentences(source, revision, nowhere):
         path = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-        absent += lacking(path, weights)
-        if absent:  # without a Hub a cached half passes for all: this raises if there is none
+    if absent := lacking(path, weights):
+        # Without a Hub a cached half passes for all: this raises if there is none.
+        with sentences(source, revision, nowhere, f" (it lacks {', '.join(absent)})"):
             HfApi().model_info(str(source), revision=revision)
     return path
 
 
 @contextmanager
 def sentences(
-    source: str | Path, revision: str | None, nowhere: str = "", absent: Sequence[str] = ()
+    source: str | Path, revision: str | None, nowhere: str = "", lacks: str = ""
 ) -> Iterator[None]:
     """The Hub's errors, and its client's, as sentences that say what to do.
 
-    nowhere: where else was looked, as a sentence's beginning. absent: files not in the cache.
+    nowhere: where else was looked, as a sentence's beginning. lacks: what the cache has not.
     """
     from huggingface_hub import errors
 
-    nowhere = f"{nowhere} " * bool(nowhere)
     try:
         yield
     except errors.HFValidationError:
@@ -78,7 +77,6 @@ def sentences(
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub") from None
     except (OSError, errors.HTTPError) as error:  # the latter is the HTTP client's own
-        lacks = f" (it lacks {', '.join(absent)})" if absent else ""
         unreachable = (
             f"{nowhere}the Hub's cache here does not hold all of {source}{lacks}, and the Hub "
             "cannot be reached: connect, or pass the folder of a model"

@@ -34,7 +34,7 @@ class Cache:
         config, weight = decoder.config, decoder.embed.weight
         B, device = len(start), weight.device
         shape = (config.n_layers, B, config.n_kv_heads, length, config.head_dim)
-        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.k, self.v = weight.new_empty(shape), weight.new_empty(shape)
         self.kinds, self.length = set(config.layers), length
         self.tables = {
             rope: [table.to(device, weight.dtype) for table in rope.tables(length)]
@@ -44,17 +44,14 @@ class Cache:
             self.start = torch.zeros(B, dtype=torch.long)
             self.column, self.last = torch.zeros(2, 1, dtype=torch.long)  # next; of the prompts
             self.sets = {rope: torch.zeros(B, 1, dtype=torch.long) for rope in self.tables}
-        self._place(start, prompt, room)
+        self.begin(start, prompt, room)
 
     def begin(self, start: Tensor, prompt: int, room: Tensor | None = None) -> None:
         """Forget all, for as many rows that start elsewhere."""
-        self.k.zero_()  # what is hidden still counts where it is no number: 0 x NaN
-        self.v.zero_()
-        self._place(start, prompt, room)
-
-    def _place(self, start: Tensor, prompt: int, room: Tensor | None) -> None:
         room = self.length - start if room is None else room
         self.filled, self.block = 0, self.BLOCK
+        self.k.zero_()  # what is hidden still counts where it is no number: 0 x NaN
+        self.v.zero_()
         self.start.copy_(start)
         self.column.zero_()
         self.last.fill_(prompt - 1)

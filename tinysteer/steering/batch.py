@@ -24,7 +24,7 @@ Changing = Callable[[int], Steer]  # the number of tokens chosen so far -> edits
 
 def changes(steer: Steer | Changing) -> TypeIs[Changing]:
     """Whether to ask for edits at each step. A verb that was not called is no such wish."""
-    return callable(steer) and not isinstance(verb_of(steer), Verbs)
+    return callable(steer) and not unfinished(steer)
 
 
 def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
@@ -32,21 +32,13 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
 
     ValueError for anything else.
     """
-    if isinstance(steer, Edit):
-        steer = [steer]
-    several = isinstance(steer, Sequence) and not isinstance(steer, Verbs | str)
-    rows: list[Any] = [] if steer is None else list(steer) if several else [steer]
-    for row in distinct(rows):
-        for edit in (
-            row if isinstance(row, Sequence) and not isinstance(row, Verbs | str) else [row]
-        ):
-            if isinstance(edit, Verbs | SteeringVector) or isinstance(verb_of(edit), Verbs):
-                raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add()")
-            if not isinstance(edit, Edit):
-                raise ValueError(
-                    "steer takes a list of edits, or one such list a prompt, not "
-                    f"{type(edit).__name__}"
-                )
+    rows = [] if steer is None else listed(steer)
+    for edit in [one for row in distinct(rows) for one in listed(row)]:
+        if unfinished(edit):
+            raise ValueError("steer takes edits: pick a layer and a verb, as in v.at(12).add()")
+        if not isinstance(edit, Edit):
+            kind = type(edit).__name__
+            raise ValueError(f"steer takes a list of edits, or one such list a prompt, not {kind}")
     if all(isinstance(row, Edit) for row in rows):
         return [rows] * n_rows
     if any(isinstance(row, Edit) for row in rows):
@@ -60,15 +52,16 @@ def per_row(steer: Steer, n_rows: int) -> list[list[Edit]]:
     return [copies[id(row)] for row in rows]
 
 
-def listed(edits: Any) -> list:
-    """A list's edits, or one thing alone as a list."""
-    several = isinstance(edits, Sequence) and not isinstance(edits, Verbs | str)
-    return list(edits) if several else [edits]
+def listed(value: Any) -> list:
+    """What a list holds, or one thing alone as a list."""
+    several = isinstance(value, Sequence) and not isinstance(value, Verbs | str)
+    return list(value) if several else [value]
 
 
-def verb_of(function: object) -> object:
-    """Whose verb it is, where it was not called."""
-    return getattr(function, "__self__", None)
+def unfinished(value: object) -> bool:
+    """Whether it lacks a layer, a verb, or the verb's call to be an edit."""
+    owner = getattr(value, "__self__", value)  # of a verb that was not called
+    return isinstance(owner, Verbs | SteeringVector)
 
 
 def distinct(rows: Sequence) -> list:
@@ -219,8 +212,10 @@ class SteeringBuffers:
     def _take(self, edits: Rows) -> tuple[Seam, tuple[int, int]]:
         if not self.fixed or not any(edits):
             return seam(edits, self.like), (0, 0)
-        directions = {direction_key(edit.direction) for row in distinct(edits) for edit in row}
-        size = rounded(max(depth(edits), EDITS)), rounded(max(len(directions), DIRECTIONS))
+        named = [(id(row), edit) for row in distinct(edits) for edit in row]
+        depth = max(Counter((row, edit.layer) for row, edit in named).values())
+        directions = {direction_key(edit.direction) for _, edit in named}
+        size = rounded(max(depth, EDITS)), rounded(max(len(directions), DIRECTIONS))
         if size not in self.stacks:
             self.stacks[size] = FixedSteering(self.like, self.n_layers, self.n_rows, *size)
         self.stacks[size].copy_([*edits, *[[]] * (self.n_rows - len(edits))])
@@ -261,9 +256,8 @@ def with_names(
 
 def stacked(directions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(N, D) on the host."""
-    return torch.stack([u.detach().cpu() for u in directions] or [torch.zeros(0, device="cpu")]).to(
-        dtype
-    )
+    rows = [u.detach().cpu() for u in directions] or [torch.zeros(0, device="cpu")]
+    return torch.stack(rows).to(dtype)
 
 
 def send(source: Tensor, target: Tensor) -> None:
@@ -272,12 +266,6 @@ def send(source: Tensor, target: Tensor) -> None:
     if target.is_cuda:
         source = source.pin_memory()  # which PyTorch keeps until the copy is done
     target.copy_(source, non_blocking=True)
-
-
-def depth(rows: Rows) -> int:
-    """How many edits a row has at one layer, at most."""
-    counts = (Counter(edit.layer for edit in row) for row in distinct(rows))
-    return max((n for count in counts for n in count.values()), default=0)
 
 
 def seam(rows: Rows, like: Tensor) -> Seam:

@@ -20,6 +20,7 @@ from torch import Tensor
 # that is the one that produces the first new token.
 WINDOWS = {"all": (None, None), "prompt": (None, 0), "last": (0, 1), "generation": (0, None)}
 Where = str | tuple[int | None, int | None]
+Number = float | None  # None: what the vector itself has
 NUMBERS = "times, weight, alpha and target"
 FAINT = 0.1  # of a vector's norm: an addition of less is hardly meant
 
@@ -63,8 +64,6 @@ class Edit:
             return NotImplemented
         same = (self.layer, self.move) == (other.layer, other.move)
         return same and torch.equal(self.direction, other.direction)
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         defaults = Move._field_defaults
@@ -143,11 +142,7 @@ class Verbs(Generic[Made]):
     """
 
     def add(
-        self,
-        *bare: NoReturn,
-        times: float | None = None,
-        weight: float | None = None,
-        where: Where = "all",
+        self, *bare: NoReturn, times: Number = None, weight: Number = None, where: Where = "all"
     ) -> Made:
         """h + weight u; or `times` the vector's own norm, by default once (paper, section 2: c u).
 
@@ -167,21 +162,15 @@ class Verbs(Generic[Made]):
         weight = number(weight)
         return self._each(lambda v: v._weighted(weight, where))
 
-    def to_target(
-        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
-    ) -> Made:
+    def to_target(self, alpha: float = 1.0, *, target: Number = None, where: Where = "all") -> Made:
         """Set the projection to `target`, or go `alpha` of the way (paper: adjust_rs)."""
         return self._each(lambda v: v._towards(alpha, target, where))
 
-    def at_least(
-        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
-    ) -> Made:
+    def at_least(self, alpha: float = 1.0, *, target: Number = None, where: Where = "all") -> Made:
         """As `to_target`, but only ever upwards."""
         return self._each(lambda v: v._towards(alpha, target, where, low=0.0))
 
-    def at_most(
-        self, alpha: float = 1.0, *, target: float | None = None, where: Where = "all"
-    ) -> Made:
+    def at_most(self, alpha: float = 1.0, *, target: Number = None, where: Where = "all") -> Made:
         """As `to_target`, but only ever downwards."""
         return self._each(lambda v: v._towards(alpha, target, where, high=0.0))
 
@@ -219,7 +208,7 @@ class Direction(Verbs[Edit]):
             )
         return self._edit(where, bias=weight)
 
-    def _towards(self, alpha: float, target: float | None, where: Where, **clip: float) -> Edit:
+    def _towards(self, alpha: float, target: Number, where: Where, **clip: float) -> Edit:
         alpha, target = number(alpha), self.target if target is None else number(target)
         return self._edit(where, bias=alpha * target, slope=alpha, **clip)
 

@@ -10,7 +10,6 @@ at_least and at_most; `where` is one of edits.WINDOWS or [first, stop]. What is 
 verb's default.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
@@ -21,6 +20,7 @@ import torch
 
 from tinysteer.steering.edits import WINDOWS, Edit, window
 from tinysteer.steering.vectors import SteeringVector
+from tinysteer.text.files import read_object
 
 TARGETS = ("alpha", "target")
 VERBS = {  # the numbers each may be given
@@ -45,11 +45,7 @@ def load_plan(source: str | Path | Mapping[str, Any], folder: str | Path = ".") 
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"there is no plan {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    content = read_object(path.read_bytes(), str(path), unique)
     return make_edits(content, str(path), path.parent)
 
 
@@ -62,10 +58,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
+def make_edits(content: Mapping[str, Any], name: str, folder: Path) -> list[Edit]:
     """A plan's content -> its edits; `name` is what errors call it."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name} holds {content!r:.40}; a plan is {FORM}")
     for key in content:
         if key != "edits":
             raise ValueError(f"{name}: {key!r} is not a key of a plan, which is {FORM}")
@@ -78,11 +72,11 @@ def make_edits(content: Any, name: str, folder: Path) -> list[Edit]:
     edits = []
     for i, entry in enumerate(entries):
         file, key = str(entry["vector"]), "layers" if "layers" in entry else "layer"
+        layers = span(*entry[key]) if key == "layers" else [entry[key]]
         try:
             if file not in vectors:
                 vectors[file] = SteeringVector.load(folder / file)
-            first, last = entry[key] if key == "layers" else (entry[key], None)
-            directions = vectors[file].at(span(first, last) if last is not None else [first])
+            directions = vectors[file].at(layers)
         except (ValueError, FileNotFoundError) as error:
             key = key if file in vectors else "vector"
             raise type(error)(f"{name}: edits[{i}].{key}: {error}") from None

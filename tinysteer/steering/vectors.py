@@ -162,8 +162,6 @@ class SteeringVector:
             return NotImplemented
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in TENSORS)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         return combine(self, other, 1.0) if isinstance(other, SteeringVector) else NotImplemented
 
@@ -249,9 +247,8 @@ class SteeringVector:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the four tensors, and the metadata as strings."""
-        tensors = {name: getattr(self, name) for name in TENSORS}
         about = {**self.metadata, "format": FORMAT, "layers": CONVENTION}
-        write_tensors(path, tensors, about)
+        write_tensors(path, {name: getattr(self, name) for name in TENSORS}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
@@ -293,8 +290,7 @@ def combine(a: SteeringVector, b: SteeringVector, sign: float) -> SteeringVector
         shapes = " and ".join(f"{v.n_layers} layers of width {v.dim}" for v in (a, b))
         raise ValueError(f"vectors of {shapes} are of different models and cannot be added")
     difference = a.difference + sign * b.difference
-    # What is left of equal ones is rounding, and no direction.
-    left = difference.norm(dim=-1) > 1e-6 * (a.norms + b.norms)
+    left = difference.norm(dim=-1) > 1e-6 * (a.norms + b.norms)  # of equal ones: rounding alone
     about = {
         key: value if value == b.metadata[key] else f"{value} and {b.metadata[key]}"
         for key, value in a.metadata.items()

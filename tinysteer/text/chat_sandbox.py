@@ -38,13 +38,8 @@ def compiled():
         return datetime.now().strftime(pattern)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            x,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+        layout = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json.dumps(x, ensure_ascii=ensure_ascii, **layout)
 
     # The settings that chat templates are written for.
     environment = ImmutableSandboxedEnvironment(

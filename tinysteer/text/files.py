@@ -2,25 +2,30 @@
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
+
+
+def read_object(text: bytes, name: str, pairs: Pairs | None = None) -> dict[str, Any]:
+    """A JSON object in UTF-8, made by `pairs` where given. ValueError that names another text."""
+    try:
+        content = json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
+        raise ValueError(f"{name} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} holds a {type(content).__name__}, not a JSON object")
+    return content
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file, {} where there is no file. ValueError for any other content."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return read_object(path.read_bytes(), str(path)) if path.exists() else {}
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -30,21 +35,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}: a JSON {type(row).__name__}, not an object")
-        yield name, row
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if line.strip():
+            name = f"{path}, line {number}"
+            yield name, read_object(line, name)
 
 
 def write_tensors(

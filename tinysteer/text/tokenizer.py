@@ -60,7 +60,6 @@ class Tokenizer:
             for key, value in about.items()
             if key.endswith("_token") and isinstance(value, str | dict)
         }
-        template = read_template(folder, about)
         added = vocabulary.encode("", add_special_tokens=True).ids
         if added and "bos_token" not in special:  # named by tokenizer.json alone
             special["bos_token"] = vocabulary.id_to_token(added[0])
@@ -74,13 +73,9 @@ class Tokenizer:
             c = read_json(folder / name)
             ids = c.get("eos_token_id", (c.get("text_config") or {}).get("eos_token_id"))
             stops |= set(ids) if isinstance(ids, list) else {ids}
-        return cls(
-            vocabulary,
-            template=template,
-            special=special,
-            adds_bos=adds_bos,
-            stop_ids=frozenset(i for i in stops if i is not None),
-        )
+        ids = frozenset(i for i in stops if i is not None)
+        template = read_template(folder, about)
+        return cls(vocabulary, template=template, special=special, adds_bos=adds_bos, stop_ids=ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with one BOS in front where the model wants one."""
