@@ -1,119 +1,136 @@
-"""Microseconds on a GPU: CUDA graphs of many calls, replayed in turn, and results as JSON lines.
+"""The one way in which benches time: many calls a replay, replays in turn, medians and intervals.
 
-A call is a function of one set of inputs, a tuple. Its graph goes round enough sets that none is
-left in the L2 cache when its turn comes again (cold), or calls on one set over and over (warm).
-Events stand outside the graph, and a replay is so long that the gap before it does not count.
+A call is a function of one set of inputs, a tuple. What is timed has n_calls, `replay()` and,
+before that and untimed, `reset()`: a Replay, or what behaves like one. On a GPU it is a CUDA graph
+that goes round enough sets that none is left in the L2 cache when its turn comes again (cold), or
+calls on one set over and over (warm), events outside the graph; on a CPU it is a loop.
 """
 
+import functools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import environment
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+from bench.machine import DEVICE, ON_GPU
+
 REPLAYS = 100  # in each of two passes, unless said
 WARM_UP = 0.3  # seconds: an idle card has lowered its clock
 SHORTEST, LONGEST = 2e3, 12e3  # a replay, in microseconds
+MOST = 6000  # sets of inputs
+PREDICTED = Path(__file__).parent / "results/predicted.json"
 
 
-class Graph:
-    """n_calls of `call`, on each set in turn, captured. outputs: the last call's on each set."""
+class Replay:
+    """n_calls of `call`, on each set in turn; captured on a GPU. outputs: the last on each set."""
 
-    def __init__(self, call: Callable, sets: list, n_calls: int):
-        self.n_calls, self.outputs = n_calls, {}
-        self.sets = sets  # the graph knows only where they are
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is compiled, loaded or allocated once is, before
-            for inputs in sets[:3]:
-                call(*inputs)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for i in range(n_calls):
-                self.outputs[i % len(sets)] = call(*sets[i % len(sets)])
+    def __init__(self, call: Callable, sets: list[tuple], n_calls: int):
+        self.call, self.sets, self.n_calls, self.outputs = call, sets, n_calls, {}
+        self.graph = None
+        if ON_GPU:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # what is compiled, loaded or allocated once is, before
+                for inputs in sets[:3]:
+                    call(*inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                self.replay()
+            self.graph = captured
 
     def reset(self) -> None:
-        """What a replay needs beforehand, untimed: nothing."""
+        """What a replay needs beforehand: nothing."""
 
     def replay(self) -> None:
-        self.graph.replay()
+        if self.graph is not None:
+            return self.graph.replay()
+        for i in range(self.n_calls):
+            self.outputs[i % len(self.sets)] = self.call(*self.sets[i % len(self.sets)])
+        return None
+
+
+def cache_size() -> float:
+    """Bytes of the L2 cache; of a CPU's caches nobody asks."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if ON_GPU else math.inf
 
 
 def n_cold_sets(touched: float) -> int:
-    """How many sets of `touched` bytes are more than three L2 caches, and 200 MB."""
-    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return math.ceil(max(200e6, 3.2 * cache) / touched)
+    """How many sets of `touched` bytes are more than three L2 caches, and 200 MB; on a CPU 1.
+
+    A replay holds no more calls than MOST: of small inputs fewer sets, which stay in the cache.
+    """
+    return min(math.ceil(max(200e6, 3.2 * cache_size()) / touched), MOST) if ON_GPU else 1
 
 
-def capture(call: Callable, sets: list) -> Graph:
-    """The graph to time: once round the sets at least, if one replay is not too long for that.
+def sized(call: Callable, sets: list[tuple]) -> Replay:
+    """The replay to time: once round the sets at least, if that is not too long.
 
     A slow call comes round fewer sets, which is to its advantage: they may stay in the cache.
     """
-    probe = Graph(call, sets, 20)
-    us = min(replays({"": probe}, 3)[""])
-    return Graph(call, sets, calls_for(us, len(sets)))
+    us = min(replays({"": Replay(call, sets, 20 if ON_GPU else 3)}, 3)[""])
+    most, n = max(4 if ON_GPU else 1, int(LONGEST / us)), len(sets)
+    wanted = max(n, math.ceil(SHORTEST / us))
+    return Replay(call, sets, min(math.ceil(wanted / n) * n, most))  # as many on each set
 
 
-def calls_for(us: float, n_sets: int) -> int:
-    """How many calls of `us` microseconds a graph holds: 20 and more of those below 100."""
-    most = max(4, int(LONGEST / us))
-    wanted = max(4, n_sets, math.ceil(SHORTEST / us))
-    rounds = math.ceil(wanted / n_sets) * n_sets  # as many on each set
-    return min(rounds, most)
-
-
-def replays(graphs: dict[str, Graph], n: int) -> dict[str, list[float]]:
-    """Microseconds a call in each of n replays, the graphs in turn: A B A B."""
-    events = {name: [] for name in graphs}
+def replays(timed: Mapping, n: int) -> dict[str, list[float]]:
+    """Microseconds a call in each of n replays, all in turn: A B A B."""
+    spans = {name: [] for name in timed}
     for _ in range(n):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            graph.reset()
-            start.record()
-            graph.replay()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {
-        name: [1e3 * start.elapsed_time(end) / graphs[name].n_calls for start, end in pairs]
-        for name, pairs in events.items()
-    }
+        for name, one in timed.items():
+            one.reset()
+            begin = now()
+            one.replay()
+            spans[name].append((begin, now()))
+    if ON_GPU:
+        torch.cuda.synchronize()
+    us = (lambda a, b: 1e3 * a.elapsed_time(b)) if ON_GPU else (lambda a, b: 1e6 * (b - a))
+    return {n: [us(*span) / timed[n].n_calls for span in pairs] for n, pairs in spans.items()}
+
+
+def now():
+    """An event of the GPU, or the CPU's clock."""
+    if not ON_GPU:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Times(NamedTuple):
-    """Of one graph among others. Differences are to the first of them, 95 % interval."""
+    """Microseconds of one way among others, with 95 % intervals of both passes."""
 
-    us: float  # a call, median of the first pass
-    p10: float
-    p90: float
+    us: float  # a call, median
+    us_low: float
+    us_high: float
     again: float  # median of the second pass
-    more: float  # than the first graph: both passes' medians
+    more: float  # than the first way
     low: float
     high: float
 
 
-def measure(graphs: dict[str, Graph], n: int = REPLAYS) -> dict[str, Times]:
-    """Two passes of n replays of each graph, and each one's difference to the first."""
+def measure(timed: Mapping, n: int = REPLAYS) -> dict[str, Times]:
+    """Two passes of n replays of each, and each one's difference to the first."""
     begin = time.perf_counter()
     while time.perf_counter() < begin + WARM_UP:
-        replays(graphs, 1)
-    first, second = replays(graphs, n), replays(graphs, n)
-    base = next(iter(graphs))
+        replays(timed, 1)
+    first, second = replays(timed, n), replays(timed, n)
+    both = {name: first[name] + second[name] for name in timed}
+    base = both[next(iter(timed))]
+    nothing = [0.0] * len(base)
     return {
         name: Times(
-            *quantiles(first[name], 0.5, 0.1, 0.9),
-            *quantiles(second[name], 0.5),
-            *difference(first[name] + second[name], first[base] + second[base]),
+            *difference(times, nothing),
+            quantiles(second[name], 0.5)[0],
+            *difference(times, base),
         )
-        for name in graphs
+        for name, times in both.items()
     }
 
 
@@ -134,18 +151,27 @@ def difference(a: list[float], b: list[float], n: int = 2000) -> tuple[float, fl
     return quantiles(a, 0.5)[0] - quantiles(b, 0.5)[0], low, high
 
 
-def record(file: str, **result: str | float | None) -> dict:
-    """Append a line to bench/results: where and when it was made, and the result."""
-    line = environment() | {k: rounded(v) for k, v in result.items()}
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{file}.jsonl", "a") as lines:
-        lines.write(json.dumps(line) + "\n")
-    return line
+@functools.cache
+def copy_bandwidth(n_bytes: int = 2**28) -> float:
+    """Bytes a second, read and written: what every percentage of a bench is of.
+
+    One H200 copied 2**30 bytes at two thirds of this rate, and 2**26 as fast.
+    """
+    source, target = (torch.randn(n_bytes // 4, device=DEVICE) for _ in range(2))
+    copy = sized(lambda a, b: b.copy_(a), [(source, target)])
+    us = measure({"copy": copy}, REPLAYS if ON_GPU else 10)["copy"].us
+    assert torch.equal(source, target)
+    return 2e6 * n_bytes / us
 
 
-def rounded(value):
-    """Five digits of a float: more are noise."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def predicted(what: str, case: str, copy: float, scaled: bool) -> list[float]:
+    """Low and high, as results/predictions*.md have it; scaled by this card's copy (bytes/s).
+
+    What waits does not move bytes, and is not scaled. Empty where nothing was said, and on a CPU.
+    """
+    told = json.loads(PREDICTED.read_text(encoding="utf-8"))
+    scale = 1e9 * told["copy_gbs"] / copy if scaled else 1.0
+    return [scale * time for time in told[what].get(case, ())] if ON_GPU else []
 
 
 def poison(outputs: Tensor | tuple[Tensor, ...]) -> None:

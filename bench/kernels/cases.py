@@ -1,26 +1,25 @@
-"""Random inputs for the kernels at one shape, and the float64 answers that every way must meet.
+"""Random inputs for the kernels in one case, and the float64 answers that every way must meet.
 
-B  rows     T  positions     D  model width     K  edits per row     N  directions in the bank
+B  rows     T  positions     D  model width     K  moves per row     N  directions in the bank
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timing import Graph, poison
 from tinysteer_kernels import Move, MoveTables, compile_moves
 from tinysteer_kernels.naive import steer_naive
 from torch import Tensor
 
-EPS = 1e-6
-BF16, FP32 = torch.bfloat16, torch.float32
-LIMITS = {BF16: 2e-2, FP32: 2e-5}  # of a position's relative error; every edit moves it by 0.2
+from bench.machine import DEVICE
+from bench.timing import Replay, poison
 
-# kind -> the k-th edit of a row, from a weight
-KINDS = {
+EPS = 1e-6
+# Of a position's relative error; every edit moves it by a fifth and more.
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
+VERBS = {  # the k-th move of a row, from a weight
     "adds": lambda k, w: {"bias": w},
     "targets": lambda k, w: {"bias": w, "slope": 1.0},
-    "half": lambda k, w: {"bias": w, "slope": 1.0},  # of the rows
     "mixed": lambda k, w: (
         {"bias": w, "last": -1},
         {"bias": w, "slope": 1.0, "first": 0},
@@ -28,6 +27,30 @@ KINDS = {
         {"bias": w, "slope": 0.5, "high": 0.0},
     )[k % 4],
 }
+KINDS = ("idle", *VERBS, *(f"{verb}, half idle" for verb in VERBS))  # besides "off"
+
+
+class Case(NamedTuple):
+    """What is steered: sizes, types, and which optional arguments are given."""
+
+    B: int
+    T: int
+    D: int
+    K: int
+    directions: str = "shared"  # by all rows, N = K; "own": N = B K
+    dtype: str = "bfloat16" if DEVICE == "cuda" else "float32"
+    position: bool = True
+    slot: bool = False
+
+    @property
+    def N(self) -> int:  # noqa: N802
+        return self.K * (self.B if self.directions == "own" else 1)
+
+    def __str__(self) -> str:
+        notes = [self.directions] * (self.directions == "own") + ["slot"] * self.slot
+        notes += ["no position"] * (not self.position)
+        usual = self.dtype == Case._field_defaults["dtype"]
+        return " ".join([*map(str, self[:4]), *notes, *([] if usual else [self.dtype])])
 
 
 class Inputs(NamedTuple):
@@ -38,8 +61,9 @@ class Inputs(NamedTuple):
     weight: Tensor  # (D,)
     bank: Tensor  # (N, D)
     rows: dict[str, list[list[Move]]]
-    tables: dict[str, MoveTables]  # of those rows
-    position: Tensor  # (B, T), 0 in the middle
+    tables: dict[str, MoveTables]  # of those rows, from the last to the first where slots are given
+    position: Tensor | None  # (B, T), 0 in the middle
+    slot: Tensor | None  # (B,)
     weights: Tensor  # (B, K)
     index: Tensor  # (B, K) int64
 
@@ -55,70 +79,55 @@ class Way(NamedTuple):
     kind: str
     fused: bool
     prepare: Callable[[Inputs], tuple] = lambda inputs: ()
-    bank_itemsize: int = 2
 
-    @property
-    def acting(self) -> float:
-        """The share of positions that are edited."""
-        return {"off": 0.0, "idle": 0.0, "half": 0.5}.get(self.kind, 1.0)
+    def traffic(self, case: Case, streams: float | None = None) -> float:
+        """Bytes, each input read once and each output written once: the floor of any way.
 
+        streams: how often a stream (B, T, D) counts, if that is not what is moved.
+        """
+        acting = {"off": 0.0, "idle": 0.0}.get(self.kind, 0.5 if "half" in self.kind else 1.0)
+        streams = streams or (4 if self.fused else 1 + acting)
+        numbers = streams * case.B * case.T + self.fused + acting * case.N
+        return numbers * case.D * getattr(torch, case.dtype).itemsize
 
-class Shape(NamedTuple):
-    B: int
-    T: int
-    D: int
-    K: int
-    directions: str = "shared"  # by all rows, N = K; "own": N = B K
-
-    @property
-    def N(self) -> int:  # noqa: N802
-        return self.K * (self.B if self.directions == "own" else 1)
-
-    def traffic(self, way: Way) -> float:
-        """Bytes, each input read once and each output written once: the floor of any way."""
-        return self.memory(way, 4 if way.fused else 1 + way.acting)
-
-    def touched(self, way: Way) -> float:
+    def touched(self, case: Case) -> float:
         """Bytes of memory in use: a stream edited in place counts once."""
-        return self.memory(way, 4 if way.fused else 1)
-
-    def memory(self, way: Way, streams: float) -> float:
-        """Of 16-bit streams (B, T, D), the norm's weight and the directions."""
-        norm = self.D if way.fused else 0
-        bank = way.acting * self.N * self.D * way.bank_itemsize
-        return 2 * (streams * self.B * self.T * self.D + norm) + bank
+        return self.traffic(case, 4 if self.fused else 1)
 
 
-def make(shape: Shape, kinds: set[str], n: int, dtype=BF16, bank_dtype=None, device="cuda"):
+def make(case: Case, kinds: set[str], n: int, bank_dtype=None, device=DEVICE) -> list[Inputs]:
     """n sets of Inputs, none with memory of another's."""
-    B, T, D, K = shape[:4]
+    (B, T, D, K), dtype = case[:4], getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(B * T + D + K)
-    bank = torch.randn(shape.N, D, generator=generator)
+    bank = torch.randn(case.N, D, generator=generator)
     bank = (bank / bank.norm(dim=-1, keepdim=True)).to(device, bank_dtype or dtype)
     sign = torch.randint(2, (B, K), generator=generator) * 2 - 1
     size = 0.2 + 0.3 * torch.rand(B, K, generator=generator)  # of a position's norm
     weights = (sign * size * D**0.5).to(dtype)  # that all ways add the same
-    if shape.directions == "shared":
+    if case.directions == "shared":
         weights = weights[:1].expand(B, K).contiguous()
-    index = torch.arange(shape.N).view(-1, K).expand(B, K).contiguous()
-    position = (torch.arange(T, dtype=torch.int32) - T // 2).repeat(B, 1)
+    index = torch.arange(case.N).view(-1, K).expand(B, K).contiguous()
+    position = (torch.arange(T, dtype=torch.int32) - T // 2).repeat(B, 1) if case.position else None
+    slot = torch.arange(B, dtype=torch.int32).flip(0) if case.slot else None
 
     def moves(kind: str, b: int) -> list[Move]:
-        if kind == "idle" or (kind == "half" and b % 2):
+        if kind == "idle" or ("half" in kind and b % 2):
             return []
-        pairs = zip(index[b].tolist(), weights[b].tolist(), strict=True)
-        return [Move(i, **KINDS[kind](k, w)) for k, (i, w) in enumerate(pairs)]
+        pairs, verb = zip(index[b].tolist(), weights[b].tolist(), strict=True), kind.split(",")[0]
+        return [Move(i, **VERBS[verb](k, w)) for k, (i, w) in enumerate(pairs)]
 
     rows = {kind: [moves(kind, b) for b in range(B)] for kind in kinds - {"off"}}
-    tables = {kind: compile_moves(bank, rows[kind], capacity=K) for kind in rows}
+    order = -1 if case.slot else 1
+    tables = {kind: compile_moves(bank, rows[kind][::order], capacity=K) for kind in rows}
     many = {kind: list(map(MoveTables, copies(t.packed, n))) for kind, t in tables.items()}
     tables = [{kind: many[kind][i] for kind in many} for i in range(n)]
     weight = 1 + 0.1 * torch.randn(D, generator=generator)
     streams = (torch.randn(n, B, T, D, dtype=dtype, device=device).unbind() for _ in range(2))
-    norm, rest = copies(weight.to(device, dtype), n), (position, weights, index)
-    rest = (copies(t.to(device), n) for t in rest)
-    fields = zip(*streams, norm, copies(bank, n), [rows] * n, tables, *rest, strict=True)
-    return [Inputs(*one) for one in fields]
+    norm = copies(weight.to(device, dtype), n)
+    given = (position, slot, weights, index)
+    rest = ([None] * n if t is None else copies(t.to(device), n) for t in given)
+    fields = *streams, norm, copies(bank, n), [rows] * n, tables, *rest
+    return [Inputs(*one) for one in zip(*fields, strict=True)]
 
 
 def copies(tensor: Tensor, n: int) -> list[Tensor]:
@@ -158,15 +167,15 @@ def verify(way: Way, inputs: Inputs) -> float:
     return check(way, inputs.x, way.call(inputs, *way.prepare(inputs)), expected)
 
 
-def verify_graph(way: Way, graph: Graph, sets: list[Inputs]) -> float:
-    """Poison what the graph wrote, replay it on a fresh x, and check the first and the last set."""
+def verify_replay(way: Way, replay: Replay, sets: list[Inputs]) -> float:
+    """Poison what a replay wrote, do it on a fresh x, and check the first and the last set."""
     errors = []
-    for i in {0, max(graph.outputs)}:
-        if graph.outputs[i] is sets[i].x:  # edited in place, many times a replay: one call instead
+    for i in {0, max(replay.outputs)}:
+        if replay.outputs[i] is sets[i].x:  # edited in place, many times a replay: one call instead
             errors.append(verify(way, sets[i]))
             continue
         sets[i].x.normal_()
-        poison(graph.outputs[i])
-        graph.replay()
-        errors.append(check(way, sets[i].x, graph.outputs[i], reference(sets[i], way)))
+        poison(replay.outputs[i])
+        replay.replay()
+        errors.append(check(way, sets[i].x, replay.outputs[i], reference(sets[i], way)))
     return max(errors)
