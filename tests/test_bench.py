@@ -1,5 +1,6 @@
 """What the README of kernels/ shows, and a reader's own kernel in the bench."""
 
+import json
 import os
 import re
 import subprocess
@@ -36,17 +37,22 @@ def adds(x, bank, tables, position):
 """
 
 
-def with_mine(folder: Path, text: str, *kinds: str, name: str = "mine"):
-    """What the command makes of a file with that text, and of a function in it, on a CPU."""
-    (folder / "mine.py").write_text(text)
+def bench(module: str, *options: str, folder: Path, interpret: bool = False):
+    """What a command of the bench says on a CPU, from a folder."""
     settings = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))),
         "CUDA_VISIBLE_DEVICES": "",
-        "TRITON_INTERPRET": str(int("triton" in text)),
+        "TRITON_INTERPRET": str(int(interpret)),
     }
-    command = [sys.executable, ROOT / "bench/kernel.py", "--with", f"mine.py:{name}", *kinds]
     run = {"cwd": folder, "capture_output": True, "text": True, "check": False}
-    return subprocess.run(command, env=settings, **run)
+    return subprocess.run([sys.executable, "-m", module, *options], env=settings, **run)
+
+
+def with_mine(folder: Path, text: str, *options: str, name: str = "mine"):
+    """What the command makes of a file with that text, and of a function in it."""
+    (folder / "mine.py").write_text(text)
+    mine = "--with", f"mine.py:{name}", *options
+    return bench("bench.kernels.steer", *mine, folder=folder, interpret="triton" in text)
 
 
 def test_the_examples_of_the_kernels_run():
@@ -71,10 +77,34 @@ def test_every_example_notices_a_kernel_that_does_nothing(monkeypatch):
 
 def test_a_readers_right_kernel_is_timed(tmp_path):
     assert len([line for line in MINE.splitlines() if line.strip()]) <= 8
-    done = with_mine(tmp_path, MINE, "targets")
+    done = with_mine(tmp_path, MINE, "--kind", "targets", "--json", "lines.jsonl")
     assert done.returncode == 0, done.stderr
     assert "mine.py:mine is right: targets" in done.stdout
-    assert len(re.findall(r"\d 4 targets +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ +\|", done.stdout)) == 6
+    assert len(re.findall(r"\| \d+ 1 \d+ 4 +\| \S+ +\| \S+ [+-][\d.,]+\.\.", done.stdout)) == 6
+    lines = (tmp_path / "lines.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    (tmp_path / "slower.jsonl").write_text(slower(lines, 3.0))
+    said = bench("bench.compare", "lines.jsonl", "slower.jsonl", folder=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("| 3.000 |") == said.stdout.count("slower") == 12
+    picture = bench("bench.kernels.plot", "lines.jsonl", "out.png", folder=tmp_path)
+    assert (picture.returncode == 0) == (tmp_path / "out.png").exists(), picture.stderr
+
+
+def slower(lines: list[str], times: float) -> str:
+    """Lines of a machine that takes so many times as long, as surely."""
+    rows = list(map(json.loads, lines))
+    for row in rows:
+        row["us_low"] = row["us_high"] = row["us"]
+        row |= {name: times * row[name] for name in ("us", "us_low", "us_high")}
+    return "\n".join(map(json.dumps, rows))
+
+
+def test_what_is_not_a_line_of_a_bench_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"us": 1.0}\n')
+    said = bench("bench.compare", "a.jsonl", "a.jsonl", folder=tmp_path)
+    assert said.returncode == 1
+    assert "\na.jsonl:1 is not a timed line of a bench" in "\n" + said.stderr
 
 
 WRONG = {
@@ -88,12 +118,12 @@ def test_a_readers_wrong_kernel_is_refused_with_its_error(name, tmp_path):
     assert WRONG[name][0] in MINE
     done = with_mine(tmp_path, MINE.replace(*WRONG[name]))
     assert done.returncode == 1
-    said = r"mine.py:mine is refused at Shape\(.*\), torch.float32: .* off by 0\..*limit is 2e-05"
+    said = r"mine.py:mine is refused at Case\(.*\), torch.float32: .* off by 0\..*limit is 2e-05"
     assert re.search(said, done.stderr), done.stderr
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
 def test_a_readers_kernel_in_triton_is_checked_where_there_is_no_gpu(tmp_path):
-    done = with_mine(tmp_path, ADDS, "adds", name="adds")
+    done = with_mine(tmp_path, ADDS, "--kind", "adds", name="adds")
     assert done.returncode == 0, done.stderr
     assert "mine.py:adds is right: adds" in done.stdout

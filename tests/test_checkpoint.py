@@ -1,16 +1,19 @@
 """Loading a folder: what is equal, what is accepted, and one clear sentence for what is not."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import VARIANTS, make_checkpoint
+from hub_names import to_hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tinysteer as ts
+from tinysteer.loading.families import IGNORED, TEXT_PREFIX
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 7]])
 Q, K = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qk")
@@ -46,6 +49,17 @@ def in_shards(folder: Path) -> list[Path]:
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sorted(folder.glob("model-*"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_decoder_says_its_weights_by_the_names_it_was_loaded_from(variant, checkpoint):
+    folder, _ = checkpoint(variant)
+    stored = load_file(folder / "model.safetensors")
+    stored = {k.replace(TEXT_PREFIX, ""): v for k, v in stored.items()}
+    text = {k: v for k, v in stored.items() if not any(part in k for part in IGNORED)}
+    told = to_hub(ts.load(folder).decoder)
+    assert told.keys() == text.keys()
+    assert all(torch.equal(told[name], text[name]) for name in text)
 
 
 def test_one_file_equals_shards(checkpoint, tmp_path):
@@ -123,10 +137,6 @@ def swap(folder: Path):
     rewrite(folder, lambda tensors: tensors | {Q: tensors[K], K: tensors[Q]})
 
 
-def cut_short(path: Path, n_bytes: int):
-    path.write_bytes(path.read_bytes()[:n_bytes])
-
-
 def only_a_pickle(folder: Path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -138,183 +148,129 @@ def without(folder: Path, setting: str):
     path.write_text(json.dumps(config))
 
 
-BAD = {
+BAD = {  # what is done to a folder, and the sentence
     "a tensor is missing": (
         lambda folder: rewrite(folder, lambda ts: {name: ts[name] for name in ts if name != K}),
-        ValueError,
         rf"^the checkpoint lacks {K}; is it complete, and is its config.json its own\?$",
-    ),
-    "many tensors are missing": (
-        lambda folder: configure(folder, num_hidden_layers=6),
-        ValueError,
-        r"lacks model\.layers\.4\.\S+, \S+, \S+ and 15 more; is it complete",
     ),
     "a tensor is unexpected": (
         lambda folder: rewrite(folder, lambda tensors: tensors | {"x.bias": torch.ones(2)}),
-        ValueError,
         r"^the checkpoint has unknown x\.bias; is it complete, and is its config\.json",
-    ),
-    "a tensor is misshapen": (
-        lambda folder: configure(folder, vocab_size=301),
-        ValueError,
-        r"does not fit its config\.json: model\.embed_tokens\.weight is \[300, 48\], not "
-        r"\[301, 48\], lm_head\.weight is",
     ),
     "queries and keys are swapped": (
         swap,
-        ValueError,
         rf"does not fit its config\.json: {Q} is \[24, 48\], not \[48, 48\], "
         rf"{K} is \[48, 48\], not \[24, 48\]; is it complete",
     ),
-    "the file is cut short in its weights": (
-        lambda folder: cut_short(folder / "model.safetensors", 50_000),
-        ValueError,
-        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
-    ),
-    "the file is cut short in its header": (
-        lambda folder: cut_short(folder / "model.safetensors", 100),
-        ValueError,
-        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
-    ),
-    "the file is empty": (
-        lambda folder: cut_short(folder / "model.safetensors", 0),
-        ValueError,
-        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
-    ),
-    "the file is a pointer of git-lfs": (
-        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.git"),
-        ValueError,
-        r"model\.safetensors is cut short or is no safetensors file .*; download it again",
-    ),
     "a shard is cut short": (
-        lambda folder: cut_short(in_shards(folder)[1], 5000),
-        ValueError,
+        lambda folder: os.truncate(in_shards(folder)[1], 5000),
         r"model-00002-of-00003\.safetensors is cut short",
-    ),
-    "a shard is missing": (
-        lambda folder: in_shards(folder)[1].unlink(),
-        FileNotFoundError,
-        r"copy lacks model-00002-of-00003\.safetensors, which model\.safetensors\.index\.json "
-        "names; download it again$",
     ),
     "the index names no tensors": (
         lambda folder: (
             (folder / "model.safetensors").rename(folder / "x.safetensors")
             and (folder / "model.safetensors.index.json").write_text("{}")
         ),
-        ValueError,
         r"model\.safetensors\.index\.json has no weight_map; download it again",
+    ),
+    "the weights are of a dtype that no model is run in": (
+        lambda folder: rewrite(folder, lambda ts: {name: t.double() for name, t in ts.items()}),
+        r"the weights are stored as F64; pass dtype= ",
+    ),
+    "config.json lacks a setting": (
+        lambda folder: without(folder, "num_attention_heads"),
+        r"^config\.json has no 'num_attention_heads'$",
+    ),
+    "there is no model_type": (
+        lambda folder: without(folder, "model_type"),
+        r"^model_type None is not supported; those that are: llama, ",
+    ),
+}
+ABSENT = {
+    "a shard is missing": (
+        lambda folder: in_shards(folder)[1].unlink(),
+        r"copy lacks model-00002-of-00003\.safetensors, which model\.safetensors\.index\.json "
+        "names; download it again$",
     ),
     "the weights are a pickle": (
         only_a_pickle,
-        FileNotFoundError,
         r"no model\.safetensors: only pytorch_model\.bin, a pickle, which can run code when read; "
         "convert the checkpoint to safetensors or choose one that has them",
     ),
     "there are no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
-        FileNotFoundError,
         r"no model\.safetensors: convert the checkpoint to safetensors",
-    ),
-    "the weights are of a dtype that no model is run in": (
-        lambda folder: rewrite(folder, lambda ts: {name: t.double() for name, t in ts.items()}),
-        ValueError,
-        r"the weights are stored as F64; pass dtype= ",
     ),
     "there is no config.json": (
         lambda folder: (folder / "config.json").unlink(),
-        FileNotFoundError,
         r"copy has no config\.json: it is not a model's folder",
-    ),
-    "config.json is no JSON": (
-        lambda folder: (folder / "config.json").write_text("{"),
-        ValueError,
-        r"copy.config\.json is not valid JSON: ",
-    ),
-    "config.json is no text": (
-        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
-        ValueError,
-        r"copy.config\.json is not valid JSON: ",
-    ),
-    "config.json is a list": (
-        lambda folder: (folder / "config.json").write_text("[]"),
-        ValueError,
-        r"copy.config\.json holds a list, not a JSON object$",
-    ),
-    "config.json lacks a setting": (
-        lambda folder: without(folder, "num_attention_heads"),
-        ValueError,
-        r"^config\.json has no 'num_attention_heads'$",
-    ),
-    "the model_type is unknown": (
-        lambda folder: configure(folder, model_type="mamba"),
-        ValueError,
-        r"^model_type 'mamba' is not supported; those that are: "
-        "llama, mistral, phi3, gemma, gemma2, gemma3_text, gemma3$",
-    ),
-    "there is no model_type": (
-        lambda folder: without(folder, "model_type"),
-        ValueError,
-        r"^model_type None is not supported; those that are: llama, ",
-    ),
-    "the rope's type is unknown": (
-        lambda folder: configure(folder, rope_parameters={"rope_type": "yarn", "factor": 4.0}),
-        ValueError,
-        r"^rope type 'yarn' is not supported; those that are: default, linear, llama3, longrope$",
-    ),
-    "the rope's factors do not fit": (
-        lambda folder: configure(
-            folder,
-            rope_parameters={"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2]},
-        ),
-        ValueError,
-        r"^LongRoPE has 2 factors for 6 pairs of dimensions$",
-    ),
-    "hidden_act is unknown": (
-        lambda folder: configure(folder, hidden_act="relu2"),
-        ValueError,
-        r"^hidden_act 'relu2' is not supported; those that are: silu, gelu, gelu_pytorch_tanh$",
-    ),
-    "hidden_activation is unknown": (
-        lambda folder: configure(folder, hidden_activation="relu2"),
-        ValueError,
-        r"^hidden_act 'relu2' is not supported; those that are: ",
-    ),
-    "it is quantized": (
-        lambda folder: configure(folder, quantization_config={"quant_method": "gptq"}),
-        ValueError,
-        r"^this checkpoint is quantized; load the original, unquantized one$",
-    ),
-    "it attends in both directions": (
-        lambda folder: configure(folder, use_bidirectional_attention=True),
-        ValueError,
-        r"^this model attends in both directions: it does not generate text$",
     ),
     "there is no tokenizer.json": (
         lambda folder: (folder / "tokenizer.json").unlink(),
-        FileNotFoundError,
         r"copy has no tokenizer\.json; where it has a tokenizer\.model, convert that with transf",
     ),
-    "tokenizer.json is damaged": (
-        lambda folder: cut_short(folder / "tokenizer.json", 500),
-        ValueError,
-        r"copy.tokenizer\.json is damaged: ",
-    ),
-    "tokenizer_config.json is damaged": (
-        lambda folder: cut_short(folder / "tokenizer_config.json", 9),
-        ValueError,
-        r"copy.tokenizer_config\.json is not valid JSON: ",
-    ),
+}
+SETTINGS = {  # a sentence, and what config.json says then
+    r"lacks model\.layers\.4\.\S+, \S+, \S+ and 15 more; is it complete": {"num_hidden_layers": 6},
+    r"does not fit its config\.json: model\.embed_tokens\.weight is \[300, 48\], not "
+    r"\[301, 48\], lm_head\.weight is": {"vocab_size": 301},
+    r"^model_type 'mamba' is not supported; those that are: "
+    "llama, mistral, phi3, gemma, gemma2, gemma3_text, gemma3$": {"model_type": "mamba"},
+    r"^rope type 'yarn' is not supported; those that are: default, linear, llama3, longrope$": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0}
+    },
+    r"^LongRoPE has 2 factors for 6 pairs of dimensions$": {
+        "rope_parameters": {"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2]}
+    },
+    r"^hidden_act 'relu2' is not supported; those that are: silu, gelu, gelu_pytorch_tanh$": {
+        "hidden_act": "relu2"
+    },
+    r"^hidden_act 'relu3' is not supported; those": {"hidden_activation": "relu3"},
+    r"^this checkpoint is quantized; load the original, unquantized one$": {
+        "quantization_config": {"quant_method": "gptq"}
+    },
+    r"^this model attends in both directions: it does not generate text$": {
+        "use_bidirectional_attention": True
+    },
+}
+CUT = r"model\.safetensors is cut short or is no safetensors file .*; download it again"
+FILES = {  # a file and what it holds, or how many bytes of it are left: the sentence
+    ("model.safetensors", 50_000): CUT,  # in its weights
+    ("model.safetensors", 100): CUT,  # in its header
+    ("model.safetensors", b""): CUT,
+    ("model.safetensors", b"version https://git-lfs.git"): CUT,
+    ("config.json", b"{"): r"copy.config\.json is not valid JSON: ",
+    ("config.json", b"\xff\xfe\x00"): r"copy.config\.json is not valid JSON: ",
+    ("config.json", b"[]"): r"copy.config\.json holds a list, not a JSON object$",
+    ("tokenizer.json", 500): r"copy.tokenizer\.json is damaged: ",
+    ("tokenizer_config.json", 9): r"copy.tokenizer_config\.json is not valid JSON: ",
 }
 
 
-@pytest.mark.parametrize("damage", BAD)
-def test_what_is_wrong_is_said_in_one_sentence(damage, folder):
-    do, error, sentence = BAD[damage]
-    do(folder)
+def refused(folder: Path, error: type[Exception], sentence: str):
     with pytest.raises(error, match=sentence) as raised:
         ts.load(folder)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", BAD | ABSENT)
+def test_what_is_wrong_is_said_in_one_sentence(damage, folder):
+    do, sentence = (BAD | ABSENT)[damage]
+    do(folder)
+    refused(folder, FileNotFoundError if damage in ABSENT else ValueError, sentence)
+
+
+@pytest.mark.parametrize("sentence", SETTINGS)
+def test_a_setting_that_is_not_supported_is_named(sentence, folder):
+    configure(folder, **SETTINGS[sentence])
+    refused(folder, ValueError, sentence)
+
+
+@pytest.mark.parametrize(("file", "left"), FILES)
+def test_a_damaged_file_is_named(file, left, folder):
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[:left] if isinstance(left, int) else left)
+    refused(folder, ValueError, FILES[file, left])
 
 
 @pytest.mark.parametrize("dtype", ["float64", torch.float64, "bf16", "int8", "nn", 32])

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections import defaultdict
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import TOPICS
 
 import tinysteer as ts
 from tinysteer import experiments
@@ -20,19 +20,17 @@ from tinysteer.evaluation.selection import LOW_PERPLEXITY, choose_layer
 from tinysteer.experiments import (
     EXPERIMENTS,
     Settings,
-    corpus,
+    formats,
     geometry,
-    instructions,
     length,
     reproduce,
     texts,
     words,
 )
-from tinysteer.experiments.choosing import choose
-from tinysteer.experiments.intervals import mean, share
-from tinysteer.experiments.presets import INSTRUCTIONS, preset
-from tinysteer.experiments.report import Table
-from tinysteer.experiments.study import Ask, Study, Trial
+from tinysteer.experiments.pictures import draw
+from tinysteer.experiments.presets import PRESETS, preset, table
+from tinysteer.experiments.report import markdown, mean, share, table_of
+from tinysteer.experiments.study import Ask, Study, always, crossed
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -50,7 +48,7 @@ SMALL = Settings(
 @pytest.fixture
 def brief(monkeypatch):
     """What all models are asked, with few requests and instructions, so that runs are short."""
-    whole, sizes = corpus.general(), {"pairs": 4, "validation": 1, "test": 4}
+    whole, sizes = texts.general(), {"pairs": 4, "validation": 1, "test": 4}
     requests = {part: whole.requests[part][:n] for part, n in sizes.items()}
     some = replace(whole, requests=requests, formats=dict([*whole.formats.items()][1:3]))
     for module in (experiments, experiments.study):
@@ -63,10 +61,10 @@ def brief(monkeypatch):
 
 def test_a_share_has_wilsons_interval():
     half, none = share([True, False] * 5), share([False] * 10)
-    assert (half.value, none.value, half.n) == (0.5, 0.0, 10)
-    assert [round(x, 4) for x in (half.low, half.high)] == [0.2366, 0.7634]
-    assert [round(x, 4) for x in (none.low, none.high)] == [0.0, 0.2775]
-    assert share([]).n == 0
+    assert (half["value"], none["value"], half["n"]) == (0.5, 0.0, 10)
+    assert [round(half[end], 4) for end in ("low", "high")] == [0.2366, 0.7634]
+    assert [round(none[end], 4) for end in ("low", "high")] == [0.0, 0.2775]
+    assert share([])["n"] == 0
 
 
 def test_a_mean_has_a_bootstraps_interval_and_always_the_same():
@@ -74,21 +72,21 @@ def test_a_mean_has_a_bootstraps_interval_and_always_the_same():
     found = mean(values)
     assert found == mean(values)
     expected = 1.96 * torch.tensor(values).std() / 200**0.5
-    assert found.high - found.low == pytest.approx(2 * float(expected), rel=0.1)
-    assert found.low < found.value < found.high
+    assert found["high"] - found["low"] == pytest.approx(2 * float(expected), rel=0.1)
+    assert found["low"] < found["value"] < found["high"]
 
 
 # Texts.
 
 
-CORPORA = {"general": corpus.general, "embedded": corpus.embedded}
+CORPORA = {"general": texts.general, "embedded": texts.embedded}
 
 
 def test_the_general_corpus_is_as_large_as_it_must_be():
-    general = corpus.general()
+    general = texts.general()
     languages = [name for name in general.formats if name.startswith(texts.LANGUAGE)]
     assert (len(general.formats), len(languages)) == (18, 6)
-    pairs, validation, test = (general.texts(part) for part in corpus.PARTS)
+    pairs, validation, test = (general.texts(part) for part in texts.PARTS)
     assert len(pairs) >= 40
     assert not {*pairs} & {*test, *validation}
     named = [form for name, form in general.formats.items() if name not in languages]
@@ -97,9 +95,9 @@ def test_the_general_corpus_is_as_large_as_it_must_be():
 
 def test_what_any_other_model_is_asked_stays_as_it_was(model):
     """Of all prompts, as they were on 2026-11-26: results can be compared with earlier ones."""
-    asked, general = [], corpus.corpus_for(model)
+    asked, general = [], texts.corpus_for(model)
     for part in ("pairs", "validation", "test"):
-        items = [words.builtin_items(general, kind, part) for kind in words.KINDS]
+        items = [general.word_items(kind, part) for kind in texts.KINDS]
         rows = [
             [[i.request, i.prompt, i.instruction, dict(i.kwargs)] for i in some]
             for some in (general.format_items(part), *items)
@@ -115,79 +113,83 @@ def test_what_any_other_model_is_asked_stays_as_it_was(model):
     assert digest == "9a797a2f4e94c58775f5d8274d66542c8fc838dd089e5ff2dfbfab2c3218d34d"
 
 
+TOPICS = (Path(__file__).parents[1] / "bench/training/topics.txt").read_text("utf-8").splitlines()
+NAMES = [line.split("|")[0].rstrip(" ~") for line in TOPICS if "|" in line and line[0] != "#"]
+
+
 def topics(part: str) -> dict[str, bool]:
     """Of the embedded models' requests: name -> whether it never met an instruction."""
     named = {}
-    for request in corpus.embedded().texts(part):
-        (topic,) = (t for t in TOPICS if re.search(rf"\b{t.a}\b", request))
-        named[topic.name] = topic.held_out
+    for request in texts.embedded().texts(part):
+        (topic,) = (n for n, name in enumerate(NAMES) if re.search(rf"\b{name}\b", request))
+        named[NAMES[topic]] = topic % 4 == 3
     return named
 
 
 def test_the_embedded_corpus_is_of_topics_that_the_models_know():
-    embedded = corpus.embedded()
-    sizes = {part: len(embedded.texts(part)) for part in corpus.PARTS}
+    embedded = texts.embedded()
+    sizes = {part: len(embedded.texts(part)) for part in texts.PARTS}
     assert sizes == {"pairs": 60, "validation": 8, "test": 40}
-    pairs, validation, test = map(topics, corpus.PARTS)
+    pairs, validation, test = map(topics, texts.PARTS)
     assert not pairs.keys() & test.keys()
     assert not validation.keys() & test.keys()
     assert all(test.values())
     assert not any({**pairs, **validation}.values())
     # Every test request meets every instruction, and one word to put in and one to keep out.
     assert len(embedded.format_items("test")) == 40 * 5
-    assert {len(words.builtin_items(embedded, kind, "test")) for kind in words.KINDS} == {40}
+    assert {len(embedded.word_items(kind, "test")) for kind in texts.KINDS} == {40}
     assert not embedded.sentences
 
 
 @pytest.mark.parametrize("which", CORPORA)
 def test_every_instruction_says_what_its_check_needs(which):
     asked = CORPORA[which]()
-    for part in corpus.PARTS:
+    for part in texts.PARTS:
         items = asked.format_items(part)
         assert texts.checkable(items) == items
         assert all(item.prompt.startswith(f"{item.request} ") for item in items)
     named = {item.instruction for item in asked.format_items("test")}
-    assert named == {*texts.of_instruction(asked.format_items("pairs"))}
+    assert named == {*texts.by_instruction(asked.format_items("pairs"))}
     assert [*asked.lengths] == ["concise", "verbose"]
-    for kind in words.KINDS:
+    for kind in texts.KINDS:
         assert len(asked.words[kind]) >= 6
-        for item in words.builtin_items(asked, kind, "test"):
-            word = words.word_of(item)
-            assert word in item.prompt
-            assert word not in item.request.lower()
+        for item in asked.word_items(kind, "test"):
+            assert item.word in item.prompt
+            assert item.word not in item.request.lower()
 
 
 def test_the_embedded_models_have_defaults_of_their_own(lab, model, tmp_path):
     ours = Study("test", lab.base_model, tmp_path / "ours", Settings(), source=lab.model)
-    assert (ours.corpus, ours.settings.where) == (corpus.embedded(), (0, 1))
+    assert (ours.corpus, ours.settings.where) == (texts.embedded(), (0, 1))
     assert (ours.settings.step, ours.settings.max_new_tokens) == (1, 112)
     said = "where (0, 1), step 1, validation_tokens 112, max_new_tokens 112."
     assert ours.notes[-1].endswith(said)
     told = study(lab.model, tmp_path / "told", where="all", step=2, max_new_tokens=5)
     assert (told.settings.where, told.settings.step, told.settings.max_new_tokens) == ("all", 2, 5)
-    assert told.notes == list(corpus.NOTES)
+    assert told.notes == [texts.NOTE]
     other = Study("test", model, tmp_path / "other", Settings())
-    assert other.corpus is corpus.general()
+    assert other.corpus is texts.general()
     assert other.settings == Settings(where="all", step=2, validation_tokens=256)
     assert not other.notes
 
 
 def test_a_folder_that_bears_an_embedded_models_name_is_another_model(lab):
     bare = ts.LanguageModel(lab.model.decoder, lab.model.tokenizer, lab.model.name)
-    assert corpus.corpus_for(bare) is corpus.corpus_for(lab.model, bare) is corpus.general()
+    assert texts.corpus_for(bare) is texts.corpus_for(lab.model, bare) is texts.general()
 
 
 @needs_shared
 def test_the_papers_rows_are_read():
     items = texts.read_items(SHARED / "data/ifeval_format.jsonl")
     assert len(items) == 163
-    assert sum(item.instruction_id == texts.LANGUAGE for item in items) == 17
+    assert sum(item.id == texts.LANGUAGE for item in items) == 17
     assert {"change_case:english_lowercase", "language:response_language_kn"} <= {
         item.instruction for item in items
     }
-    pairs = texts.of_instruction(texts.read_items(SHARED / "data/format_pairs.jsonl"))
+    pairs = texts.by_instruction(texts.read_items(SHARED / "data/format_pairs.jsonl"))
     assert sum(map(len, pairs.values())) == 144
     assert len(texts.read_items(SHARED / "data/ifeval_keyword_exclude.jsonl")) == 117
+    assert len(texts.read_requests(SHARED / "data/base_queries.jsonl")) > 500
 
 
 def test_a_row_that_is_none_is_named(tmp_path):
@@ -228,7 +230,7 @@ def test_the_rule_gives_the_papers_layers():
             {L: sum(pair[i] for pair in pairs) / len(pairs) for L, pairs in layers.items()}
             for i in (0, 1)
         )
-        expected = preset(f"owner/{model}").layers[setting][instruction]
+        expected = preset(f"owner/{model}").layers[setting].get(instruction)
         if (model, setting, instruction) in dropped:
             assert (followed[None], low[None], followed[expected]) == (1, 1, 1)
             expected = None
@@ -244,7 +246,16 @@ def test_presets_are_those_of_the_papers_models_alone():
     crossed = preset("google/gemma-2-9b", "google/gemma-2-9b-it").layers
     assert crossed["w/"]["change_case:english_capital"] == 38
     assert preset("tiny-instruct").layers == {}
-    assert {*phi.layers["w/"]} == {*INSTRUCTIONS}
+    assert "detectable_format:title" not in phi.layers["w/o"]
+    assert preset("google/gemma-2-9b", "google/gemma-2-9b-it").length_layer == 16
+    assert preset("google/gemma-2-9b").length_layer is None
+
+
+def test_the_readme_has_the_presets():
+    """Whoever looks for the paper's layers finds them without running anything."""
+    lines = (Path(experiments.__file__).parent / "README.md").read_text().splitlines()
+    head, *rows = table(PRESETS)
+    assert all(f"| {' | '.join(row)} |" in lines for row in [head, *rows])
 
 
 def study(model, folder, **settings) -> Study:
@@ -253,20 +264,14 @@ def study(model, folder, **settings) -> Study:
 
 def test_a_choice_is_the_best_that_spoils_no_more_than_no_steering(tiny, vectors, tmp_path):
     v = vectors["capitals"]
-    prompts = ["What is a kite?", "What is a piano?"]
-    trials = [
-        Trial(
-            "case",
-            layer,
-            Ask(prompt, [] if layer is None else [v.at(layer).to_target(where=(0, 1))]),
-            str.isupper,
-        )
-        for layer in (None, 0, 4)
-        for prompt in prompts
+    items = [
+        texts.Item(p, p, "x", check=str.isupper) for p in ("What is a kite?", "What is a tie?")
     ]
-    chosen, rows = choose(study(tiny, tmp_path), trials)
-    assert chosen == {"case": 4}
-    assert [row["accuracy"] for row in rows] == [0.0, 0.0, 1.0]
+    arms = {layer: always([v.at(layer).to_target(where=(0, 1))]) for layer in (0, 4)}
+    asks = crossed(items, {None: always([])} | arms, ["w/o"], case="case")
+    chosen, rows = study(tiny, tmp_path).choose(asks, "case")
+    assert chosen == {("case",): 4}
+    assert [(row["arm"], row["accuracy"]) for row in rows] == [(None, 0.0), (0, 0.0), (4, 1.0)]
 
 
 # Runs.
@@ -301,7 +306,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(model, tmp_path, monkey
     with open(tmp_path / "cut/answers.jsonl", "a") as file:
         file.write('{"digest": "a line cut sh')
     again = study(model, tmp_path / "cut", batch_size=2)
-    assert len(again.known) == 4
+    assert len(again.answers) == 4
     assert again.answer(asked, 6) == whole
     assert len(calls) == 3 + 2
     files = [(tmp_path / name / "answers.jsonl").read_text() for name in ("whole", "cut")]
@@ -312,7 +317,7 @@ def test_what_is_asked_twice_is_answered_once(model, tmp_path):
     torch.manual_seed(0)
     run = study(model, tmp_path)
     twice = run.answer(asks(model, 1) * 3, 5)
-    assert len({*twice}) == len(run.known) == 1
+    assert len({*twice}) == len(run.answers) == 1
     row = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[1])
     assert row["for"] == [{"i": 0}] * 3
 
@@ -357,13 +362,14 @@ def test_answers_end_where_the_context_does(model, tmp_path):
 
 def test_controls_are_other_directions_of_the_same_norms(lab, brief, tmp_path):
     run = study(lab.model, tmp_path)
-    for found in instructions.all_instructed(run, lab.model).values():
-        cosine = (found.vector.directions * found.control.directions).sum(-1)
-        assert cosine.abs().max() < 0.4
-        torch.testing.assert_close(found.vector.norms, found.control.norms)
-        (edit,), (other,) = (found.edits(2, "all", control) for control in (False, True))
-        assert torch.equal(edit.direction, found.vector.directions[2])
-        assert torch.equal(other.direction, found.control.directions[2])
+    vectors = formats.vectors_of(run, lab.model)
+    for name, (own, control) in vectors.items():
+        assert (own.directions * control.directions).sum(-1).abs().max() < 0.4
+        torch.testing.assert_close(own.norms, control.norms)
+        way = formats.Way(run, vectors, {"w/o": {name: 2}})
+        (edit,), (other,) = (way.edits("w/o", name, at_random) for at_random in (False, True))
+        assert torch.equal(edit.direction, own.directions[2])
+        assert torch.equal(other.direction, control.directions[2])
 
 
 def test_words_are_put_in_by_a_positive_and_kept_out_by_a_negative_weight(
@@ -383,7 +389,7 @@ def test_words_are_put_in_by_a_positive_and_kept_out_by_a_negative_weight(
     seen = {}
     for ask in asked:
         kind, arm = ask.labels["kind"], ask.labels["arm"]
-        word = words.word_of(words.test_items(run, kind)[ask.labels["row"]])
+        word = brief.word_items(kind, "test")[ask.labels["row"]].word
         right = words.vector_of(run, "exclude" if arm == "own" else "include", word).directions[2]
         for edit in ask.edits:
             seen[kind, arm] = edit.move.bias, torch.equal(edit.direction, right)
@@ -418,22 +424,32 @@ def test_some_of_a_users_pairs_are_held_out_for_validation(model, tmp_path):
     rows = [row | {"prompt_without_instruction": f"{i}"} for i in range(7)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    made, held = instructions.pairs_of(
-        study(model, tmp_path / "run", pairs=str(file), validation=3)
-    )
+    made, held = formats.pairs_of(study(model, tmp_path / "run", pairs=str(file), validation=3))
     assert [item.request for item in made["punctuation:no_comma"]] == ["0", "1", "2", "3"]
     assert [item.request for item in held["punctuation:no_comma"]] == ["4", "5", "6"]
 
 
-@needs_shared
-def test_the_papers_requests_are_read():
-    assert len(texts.read_requests(SHARED / "data/base_queries.jsonl")) > 500
-
-
 def test_another_run_in_the_same_folder_is_refused(model, tmp_path):
-    study(model, tmp_path)
+    study(model, tmp_path).answer([Ask("x")], 2)
     with pytest.raises(ValueError, match=r"holds another run \(settings differ\): choose another"):
         study(model, tmp_path, limit=3)
+    file = tmp_path / "answers.jsonl"
+    file.write_text(file.read_text().replace('"layout": 2, ', ""))
+    with pytest.raises(ValueError, match=r"a run of an older tinysteer, .* choose another --out"):
+        study(model, tmp_path)
+
+
+def test_a_run_that_answered_nothing_locks_no_folder(model, tmp_path):
+    """Nor are its vectors taken: they may be of other pairs."""
+    first = study(model, tmp_path, limit=2)
+    shape = model.config.n_layers, model.config.dim
+    v = ts.SteeringVector._from_means(torch.ones(shape), torch.zeros(shape))
+    first.vector("v", lambda: v)
+    assert study(model, tmp_path, limit=2).vector("v", lambda: -v) == v
+    assert study(model, tmp_path, limit=3).vector("v", lambda: -v) == -v
+    (tmp_path / "summary.json").touch()  # of an experiment that asks nothing, and is done
+    with pytest.raises(ValueError, match="holds another run"):
+        study(model, tmp_path, limit=4)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -449,6 +465,10 @@ def test_every_experiment_runs_on_the_tiny_models(experiment, lab, brief, tmp_pa
     assert all(table["rows"] for table in summary["tables"])
     if experiment not in ("similarity", "lens"):
         assert "random" in report
+        assert "\n> unsteered: " in report
+        assert "\n> cross: " in report if transfer else "\n> steered: " in report
+    pictures = re.findall(r"!\[.+\]\((.+)\)", report)
+    assert {*pictures} == {file.name for file in tmp_path.glob("*.png")}
     before = (tmp_path / "answers.jsonl").read_text()
     assert (
         reproduce(experiment, model, tmp_path, SMALL, source=source).split("**")[1:]
@@ -486,7 +506,7 @@ OURS = ("english_capital", "english_lowercase", "json_format", "quotation", "no_
 
 def findings(experiment: str, out: Path, model, source=None, layers=(), **settings) -> list[dict]:
     """The tables of a short run as it is by default; layers: one for each of OURS."""
-    chosen = dict(zip(corpus.CHECKED.values(), layers, strict=False))
+    chosen = dict(zip(texts.CHECKED.values(), layers, strict=False))
     if layers:
         settings["layers"] = {"w/o": chosen, "w/": chosen}
     reproduce(experiment, model, out, Settings(validation=2, **settings), source=source)
@@ -550,9 +570,9 @@ def test_two_things_at_once_are_more_than_tiny_instruct_can_do(lab, tmp_path):
     settings = {"layer": 1, "weights": (43.6,), "limit": 10}
     *two, word, _ = findings("multi", tmp_path, lab.model, layers=(4, 2, 3, 3, 2), **settings)
     assert len(two) == 3
-    for table in two:
-        assert values(table["w/o, unsteered"], "both") == [0]
-        assert values(table["w/, unsteered"], "both")[0] >= 0.5
+    for rows in two:
+        assert values(rows["w/o, unsteered"], "both") == [0]
+        assert values(rows["w/, unsteered"], "both")[0] >= 0.5
     assert values(two[0]["w/o, steered"], "english_lowercase")[0] >= 0.5
     assert values(two[0]["w/o, random"], "english_lowercase", "both") == [0, 0]
     assert values(word["w/o, steered"], "word")[0] >= 0.8
@@ -568,9 +588,9 @@ def test_similarity_is_what_brute_force_gives():
         pairs = [(i, j) for i in range(5) for j in range(5)]
         for name, states in (("same instruction", asked), ("neither", plain)):
             each = [cosine(states[layer, i], states[layer, j], dim=0) for i, j in pairs]
-            assert float(found[name][layer]) == pytest.approx(float(sum(each)) / 25, abs=1e-6)
+            assert found[name][layer] == pytest.approx(float(sum(each)) / 25, abs=1e-6)
         each = [cosine(asked[layer, i], plain[layer, i], dim=0) for i in range(5)]
-        assert float(found["same request"][layer]) == pytest.approx(float(sum(each)) / 5, abs=1e-6)
+        assert found["same request"][layer] == pytest.approx(float(sum(each)) / 5, abs=1e-6)
 
 
 def test_the_lens_shows_the_token_that_a_direction_is(tiny, tmp_path):
@@ -607,19 +627,45 @@ def test_perplexity_may_judge(tiny):
 
 
 def test_tables_are_markdown():
-    table = Table("T", [{"": "a|b", "share": share([True]), "layer": None, "x": 0.12345}])
-    assert table.markdown().split("\n")[-1] == "| a\\|b | 100.0 [20.7, 100.0] | - | 0.123 |"
+    cells = {("a|b", "share"): share([True]), ("c", "layer"): 3, ("a|b", "x"): 0.12345}
+    *_, first, second = markdown(table_of("T", cells)).split("\n")
+    assert first == "| a\\|b | 100.0 [20.7, 100.0] | - | 0.123 |"
+    assert second == "| c | - | 3 | - |"
 
 
 def test_answers_are_held_to_the_number_of_sentences():
     three = "One. Two! Three?"
-    assert [length.has_sentences(three, "at most", n) for n in (2, 3, 4)] == [False, True, True]
-    assert [length.has_sentences(three, "exactly", n) for n in (2, 3, 4)] == [False, True, False]
-    assert [length.has_sentences(three, "at least", n) for n in (2, 3, 4)] == [True, True, False]
-    assert not length.has_sentences(" ", "at most", 5)
+    assert [length.has_sentences("at most", n, three) for n in (2, 3, 4)] == [False, True, True]
+    assert [length.has_sentences("exactly", n, three) for n in (2, 3, 4)] == [False, True, False]
+    assert [length.has_sentences("at least", n, three) for n in (2, 3, 4)] == [True, True, False]
+    assert not length.has_sentences("at most", 5, " ")
+
+
+def test_every_committed_summary_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    for file in (Path(__file__).parents[1] / "bench/results/experiments").glob("*/summary.json"):
+        drawn[file.parent.name] = draw(json.loads(file.read_text()), tmp_path)
+        assert all((tmp_path / name).stat().st_size > 1000 for name in drawn[file.parent.name])
+    assert drawn["format"] == ["accuracy.png", "by-instruction.png", "layers.png"]
+    assert drawn["transfer"][2:] == ["layers-cross.png", "layers-own.png"]
+    assert drawn["length"][0] == "lengths.png"
 
 
 # The command.
+
+
+def test_progress_says_how_many_answers_and_how_long(model, tmp_path, monkeypatch):
+    """In a terminal alone, and what was there before is counted."""
+    for folder, terminal in (("a", False), ("b", True), ("b", True)):
+        error = io.StringIO()
+        error.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr("sys.stderr", error)
+        torch.manual_seed(0)
+        study(model, tmp_path / folder, batch_size=2).answer(asks(model), 2)
+        said = re.findall(r"test: (\d) of 7 answers, \d\d:\d\d so far, .* left", error.getvalue())
+        assert bool(said) == terminal
+    assert said == ["7"]
 
 
 def test_the_command_prints_the_report_and_draws(brief, tmp_path, capsys):
@@ -637,6 +683,7 @@ REFUSED = {
     "'middle' is none of all, prompt, last, generation": ["format", *BASE, "--where", "middle"],
     "not a summary.json of `reproduce format`": ["format", *BASE, "--layers", __file__],
     "takes its model by -m: tinysteer reproduce format -m tiny-base": ["format", "tiny-base"],
+    "there is no file nowhere.jsonl": ["format", *BASE, "--pairs", "nowhere.jsonl"],
 }
 
 
@@ -644,6 +691,19 @@ REFUSED = {
 def test_what_is_wrong_is_one_sentence(message, tmp_path, capsys):
     assert main(["reproduce", *REFUSED[message], "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_extra_is_asked_for_before_models_are_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "EXTRA", ("langdetect", "absent"))
+    monkeypatch.setattr(experiments.command, "load", None)
+    for experiment in ("format", "multi", "transfer", "length"):
+        source = ["--source", "owner/other"] if experiment in ("transfer", "length") else []
+        assert main(["reproduce", experiment, *source]) == 1
+        assert (
+            f'{experiment} needs absent: pip install "tinysteer[eval]"' in capsys.readouterr().err
+        )
+    experiments.check("length", source=False, embedded=True)  # which has no sentences to count
 
 
 def test_the_command_takes_any_window(brief, tmp_path):

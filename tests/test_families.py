@@ -19,14 +19,8 @@ CONFIG_CLASSES = {
     "gemma3_text": transformers.Gemma3TextConfig,
     "gemma3": transformers.Gemma3Config,
 }
-ALWAYS_GIVEN = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+ALWAYS_GIVEN = ("model_type", "vocab_size", "hidden_size", "intermediate_size")
+ALWAYS_GIVEN += ("num_hidden_layers", "num_attention_heads")
 
 
 def filled_in(config: dict) -> dict:
@@ -163,7 +157,7 @@ def sizes(dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, context_le
 
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA31 |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
-GEMMA3_LOCAL = [512] * 5 + [None]
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 # name -> (config.json, each layer's window, number of parameters)
 KNOWN = {
     "Llama-3.1-8B": (
@@ -209,11 +203,7 @@ KNOWN = {
             "sliding_window": 262_144,
             "partial_rotary_factor": 0.75,
             "original_max_position_embeddings": 4096,
-            "rope_scaling": {
-                "type": "longrope",
-                "short_factor": [1.0] * 48,
-                "long_factor": [2.0] * 48,
-            },
+            "rope_scaling": LONGROPE | {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
             "tie_word_embeddings": True,
         },
         [262_144] * 32,
@@ -240,7 +230,7 @@ KNOWN = {
     "gemma-3-1b-it": (
         sizes(1152, 6912, 26, 4, 1, 262_144, 32_768)
         | {"model_type": "gemma3_text", "sliding_window": 512, "sliding_window_pattern": 6},
-        (GEMMA3_LOCAL * 5)[:26],
+        ([512] * 5 + [None]) * 4 + [512] * 2,
         999_885_952,
     ),
     "gemma-3-4b-it": (
@@ -294,12 +284,11 @@ def test_phi_4_mini_turns_three_quarters_of_a_head_and_scales_its_tables():
 
 def test_longrope_takes_a_factor_that_config_json_gives():
     sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
-    scaling = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = sizes | {"model_type": "phi3", "num_attention_heads": 2}
     config |= {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
 
     def scale(**given):
-        return read_config(config | {"rope_scaling": scaling | given}).layers[0].rope.table_scale
+        return read_config(config | {"rope_scaling": LONGROPE | given}).layers[0].rope.table_scale
 
     assert scale() == pytest.approx(1.1902380714238083)  # sqrt(1 + ln 32 / ln 4096)
     assert scale(factor=4.0) == pytest.approx(1.0801234497346435)  # sqrt(1 + ln 4 / ln 4096)

@@ -54,16 +54,6 @@ def test_each_row_has_its_own_limit(model):
     assert [len(model.tokenizer.vocabulary.encode(t).ids) < 16 for t in texts][1]
 
 
-def test_a_shorter_limit_gives_a_prefix(model):
-    def ids(n):
-        rows = [[] for _ in PROMPTS]
-        for i, piece in model.stream(PROMPTS, chat=False, max_new_tokens=n):
-            rows[i].append(piece)
-        return ["".join(row).rstrip("\ufffd") for row in rows]
-
-    assert all(long.startswith(short) for short, long in zip(ids(5), ids(16), strict=True))
-
-
 def test_a_stop_id_ends_its_row_alone(model):
     logits = model.logits(torch.tensor([model.tokenizer.encode("short")]))
     first = int(logits[0, -1].argmax())
@@ -99,14 +89,6 @@ def test_without_a_seed_texts_differ(model):
     assert complete(model, ["same"], temperature=2.0) != complete(model, ["same"], temperature=2.0)
 
 
-def test_no_prompts_give_no_texts(model):
-    assert model.complete([]) == []
-
-
-def test_one_string_is_one_prompt(model):
-    assert [complete(model, "short")] == complete(model, ["short"])
-
-
 def test_the_context_cannot_be_exceeded_silently(model):
     model.complete(["x" * 100], chat=False, max_new_tokens=27)  # 1 + 100 + 27 = 128
     with pytest.raises(ValueError, match=r"prompt 1 has 101 tokens .* context of 128"):
@@ -137,6 +119,7 @@ REFUSED = {
     "max_new_tokens has 2 values for 4 prompts": {"max_new_tokens": [1, 2]},
     "seed has 1 values for 4 prompts": {"seed": [1]},
     "stop is ''": {"stop": ""},
+    "max_tokens is not an option; did you mean max_new_tokens": {"max_tokens": 5},
 }
 
 
@@ -191,37 +174,25 @@ def test_a_conversation_cannot_go_without_its_template(model):
         complete(model, [[{"role": "user", "content": "hi"}]])
 
 
-def test_an_unknown_option_is_refused_by_name(model):
-    with pytest.raises(
-        ValueError, match="max_tokens is not an option; did you mean max_new_tokens"
-    ):
-        model.complete(["x"], max_tokens=5)
-
-
 def test_an_empty_prompt_is_refused(model):
     model.tokenizer.adds_bos = False
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         complete(model, ["x", ""])
 
 
-TOKENS = {
-    "integers": torch.zeros(1, 3),
-    r"\(B, T\)": torch.zeros(3, dtype=torch.long),
-    "ids from 0 to 299": torch.tensor([[1, 300]]),
-    "not list": [[1, 2]],
-}
-
-
-@pytest.mark.parametrize("prompt_length", [0, 3, -1])
-def test_a_prompt_is_no_longer_than_its_tokens(prompt_length, model):
-    with pytest.raises(ValueError, match=f"prompt_length is {prompt_length}"):
-        model.logits(torch.tensor([[1, 2]]), prompt_length=prompt_length)
+TOKENS = {  # and, perhaps, how many of them are the prompt
+    "integers": (torch.zeros(1, 3), None),
+    r"\(B, T\)": (torch.zeros(3, dtype=torch.long), None),
+    "ids from 0 to 299": (torch.tensor([[1, 300]]), None),
+    "not list": ([[1, 2]], None),
+} | {f"prompt_length is {n}": (torch.tensor([[1, 2]]), n) for n in (0, 3, -1)}
 
 
 @pytest.mark.parametrize("message", TOKENS)
 def test_tokens_that_are_none_are_refused(message, model):
+    tokens, prompt_length = TOKENS[message]
     with pytest.raises(ValueError, match=message):
-        model.logits(TOKENS[message])
+        model.logits(tokens, prompt_length=prompt_length)
 
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]])

@@ -43,205 +43,149 @@ def test_verdicts_are_those_that_the_papers_authors_stored(mode):
     assert others == (UNDECIDED if mode == "strict" else set())
 
 
-def case(instruction, text, expected, **kwargs):
-    return instruction, text, kwargs, expected
+def case(text, expected, **kwargs):
+    return text, kwargs, expected
 
 
 AT_LEAST, LESS = {"relation": "at least"}, {"relation": "less than"}
+OF = {  # instruction -> its cases
+    "keywords:existence": {
+        "a keyword may lie within a word": case("A Momentum.", True, keywords=["mom"]),
+        "a keyword is a regular expression": case("cxx", True, keywords=["c.."]),
+        "all keywords must be there": case("a", False, keywords=["a", "b"]),
+    },
+    "keywords:frequency": {
+        "frequency counts within words": case(
+            "Tata", True, keyword=" ta ", frequency=2, **AT_LEAST
+        ),
+        "less than is strict": case("ta ta", False, keyword="ta", frequency=2, **LESS),
+    },
+    "keywords:forbidden_words": {
+        "a forbidden word is a whole word": case("momentum", True, forbidden_words=["mom"]),
+        "a hyphen ends a word": case("Rock-hard", False, forbidden_words=["rock"]),
+    },
+    "keywords:letter_frequency": {
+        "letters are counted in either case": case(
+            "Aa", True, letter="A", let_frequency=2, let_relation="at least"
+        ),
+        "a letter may be any character": case(
+            "##", True, letter="#", let_frequency=3, let_relation="less than"
+        ),
+    },
+    "language:response_language": {
+        "German is German": case("Das ist ein ganz schlichter Satz.", True, language="de"),
+        "where no language shows, any does": case("12345", True, language="de"),
+    },
+    "length_constraints:number_sentences": {
+        "an abbreviation ends no sentence": case(
+            "Dr. Smith came. He left.", True, num_sentences=3, **LESS
+        )
+    },
+    "length_constraints:number_words": {
+        "a hyphenated word is two": case("well-done don't", True, num_words=4, **AT_LEAST)
+    },
+    "length_constraints:number_paragraphs": {
+        "stars part paragraphs": case("a\n***\nb", True, num_paragraphs=2),
+        "blank ends are no paragraphs": case("***\na\n***\nb\n***", True, num_paragraphs=2),
+        "a blank paragraph within spoils all": case("a *** *** b", False, num_paragraphs=2),
+        "paragraphs are counted exactly": case("a *** b *** c", False, num_paragraphs=2),
+    },
+    "length_constraints:nth_paragraph_first_word": {
+        "the first word is cut at a quotation mark's end": case(
+            'one\n\n"Two," he said', True, num_paragraphs=2, nth_paragraph=2, first_word="TWO"
+        ),
+        "three newlines part two paragraphs": case(
+            "one\n\n\ntwo", True, num_paragraphs=2, nth_paragraph=2, first_word="two"
+        ),
+        "four newlines leave a blank paragraph in the second's place": case(
+            "one\n\n\n\ntwo", False, num_paragraphs=2, nth_paragraph=2, first_word="two"
+        ),
+        "there is no third paragraph of two": case(
+            "one\n\ntwo", False, num_paragraphs=2, nth_paragraph=3, first_word="two"
+        ),
+        "the first word does not make up for a paragraph too many": case(
+            "one\n\ntwo\n\nthree", False, num_paragraphs=2, nth_paragraph=2, first_word="two"
+        ),
+    },
+    "detectable_content:number_placeholders": {
+        "a nested placeholder is one": case("[a [b]]", False, num_placeholders=2),
+        "a placeholder stays on its line": case("[a\nb]", False, num_placeholders=1),
+    },
+    "detectable_content:postscript": {
+        "a postscript may be spaced": case("So.\np. s. more", True, postscript_marker="P.S."),
+        "a postscript may stand within a line": case(
+            "So p.p.s more", True, postscript_marker="P.P.S"
+        ),
+        "another marker is searched for as it is": case("note: x", True, postscript_marker="NOTE:"),
+    },
+    "detectable_format:number_bullet_lists": {
+        "bullets are counted exactly": case("* a\n* b\n- c", False, num_bullets=2),
+        "a rule of hyphens is a bullet": case("* a\n---", True, num_bullets=2),
+        "bold at a line's beginning is no bullet": case("**a**\n* b", True, num_bullets=1),
+    },
+    "detectable_format:constrained_response": {
+        "a constrained answer may stand anywhere": case("Well. My answer is yes. Truly.", True),
+        "a constrained answer has its capitals": case("my answer is yes.", False),
+    },
+    "detectable_format:number_highlighted_sections": {
+        "bold counts once": case("**a**", False, num_highlights=2),
+        "a product is highlighted": case("2 * 3 * 4", True, num_highlights=1),
+        "a highlight is not blank": case("* * ** **", False, num_highlights=1),
+    },
+    "detectable_format:multiple_sections": {
+        "sections are numbered": case(
+            "Section 1 a Section 2 b", True, section_spliter="Section", num_sections=2
+        ),
+        "sections have their capitals": case(
+            "SECTION 1 a", False, section_spliter="Section", num_sections=1
+        ),
+    },
+    "detectable_format:json_format": {
+        "fenced JSON is JSON": case("```json\n{}\n```", True),
+        "a number is JSON": case("7", True),
+        "prose before JSON is not": case("Here: {}", False),
+    },
+    "detectable_format:title": {
+        "a title may stand anywhere": case("so <<a b>> it is", True),
+        "a title is not blank": case("<<  >>", False),
+        "a title stays on its line": case("<<a\nb>>", False),
+    },
+    "combination:two_responses": {
+        "two responses differ": case("a ****** a ", False),
+        "two responses may have stars around them": case("******a******b******", True),
+        "three responses are not two": case("a******b******c", False),
+        "a blank response within is none": case("a************b", False),
+    },
+    "combination:repeat_prompt": {
+        "a prompt is repeated in any case": case(" SAY hi. Hi!", True, prompt_to_repeat="say hi. ")
+    },
+    "startend:end_checker": {
+        "the end may be in quotation marks": case('So. "The End" ', True, end_phrase="the end")
+    },
+    "startend:quotation": {
+        "one quotation mark is no quotation": case('"', False),
+        "curly quotation marks are none": case("\u201ca\u201d", False),
+    },
+    "change_case:capital_word_frequency": {
+        "a hyphenated word in capitals is one": case(
+            "WELL-DONE, I say.", True, capital_frequency=3, capital_relation="less than"
+        )
+    },
+    "change_case:english_capital": {
+        "one small letter is too many": case("THIS IS a PLAIN SENTENCE", False),
+        "capitals must be English": case("DAS IST EIN GANZ SCHLICHTER SATZ", False),
+    },
+    "change_case:english_lowercase": {
+        "lowercase English is": case("this is a plain and simple sentence", True),
+        "digits have no case": case("12345", False),
+    },
+    "punctuation:no_comma": {
+        "another script's comma is none": case("a\uff0c b", True),
+        "a comma is one": case("a, b", False),
+    },
+}
 CASES = {
-    "a keyword may lie within a word": case(
-        "keywords:existence", "A Momentum.", True, keywords=["mom"]
-    ),
-    "a keyword is a regular expression": case("keywords:existence", "cxx", True, keywords=["c.."]),
-    "all keywords must be there": case("keywords:existence", "a", False, keywords=["a", "b"]),
-    "frequency counts within words": case(
-        "keywords:frequency", "Tata", True, keyword=" ta ", frequency=2, **AT_LEAST
-    ),
-    "less than is strict": case(
-        "keywords:frequency", "ta ta", False, keyword="ta", frequency=2, **LESS
-    ),
-    "a forbidden word is a whole word": case(
-        "keywords:forbidden_words", "momentum", True, forbidden_words=["mom"]
-    ),
-    "a hyphen ends a word": case(
-        "keywords:forbidden_words", "Rock-hard", False, forbidden_words=["rock"]
-    ),
-    "letters are counted in either case": case(
-        "keywords:letter_frequency",
-        "Aa",
-        True,
-        letter="A",
-        let_frequency=2,
-        let_relation="at least",
-    ),
-    "a letter may be any character": case(
-        "keywords:letter_frequency",
-        "##",
-        True,
-        letter="#",
-        let_frequency=3,
-        let_relation="less than",
-    ),
-    "German is German": case(
-        "language:response_language", "Das ist ein ganz schlichter Satz.", True, language="de"
-    ),
-    "where no language shows, any does": case(
-        "language:response_language", "12345", True, language="de"
-    ),
-    "an abbreviation ends no sentence": case(
-        "length_constraints:number_sentences",
-        "Dr. Smith came. He left.",
-        True,
-        num_sentences=3,
-        **LESS,
-    ),
-    "a hyphenated word is two": case(
-        "length_constraints:number_words", "well-done don't", True, num_words=4, **AT_LEAST
-    ),
-    "stars part paragraphs": case(
-        "length_constraints:number_paragraphs", "a\n***\nb", True, num_paragraphs=2
-    ),
-    "blank ends are no paragraphs": case(
-        "length_constraints:number_paragraphs", "***\na\n***\nb\n***", True, num_paragraphs=2
-    ),
-    "a blank paragraph within spoils all": case(
-        "length_constraints:number_paragraphs", "a *** *** b", False, num_paragraphs=2
-    ),
-    "paragraphs are counted exactly": case(
-        "length_constraints:number_paragraphs", "a *** b *** c", False, num_paragraphs=2
-    ),
-    "the first word is cut at a quotation mark's end": case(
-        "length_constraints:nth_paragraph_first_word",
-        'one\n\n"Two," he said',
-        True,
-        num_paragraphs=2,
-        nth_paragraph=2,
-        first_word="TWO",
-    ),
-    "three newlines part two paragraphs": case(
-        "length_constraints:nth_paragraph_first_word",
-        "one\n\n\ntwo",
-        True,
-        num_paragraphs=2,
-        nth_paragraph=2,
-        first_word="two",
-    ),
-    "four newlines leave a blank paragraph in the second's place": case(
-        "length_constraints:nth_paragraph_first_word",
-        "one\n\n\n\ntwo",
-        False,
-        num_paragraphs=2,
-        nth_paragraph=2,
-        first_word="two",
-    ),
-    "there is no third paragraph of two": case(
-        "length_constraints:nth_paragraph_first_word",
-        "one\n\ntwo",
-        False,
-        num_paragraphs=2,
-        nth_paragraph=3,
-        first_word="two",
-    ),
-    "the first word does not make up for a paragraph too many": case(
-        "length_constraints:nth_paragraph_first_word",
-        "one\n\ntwo\n\nthree",
-        False,
-        num_paragraphs=2,
-        nth_paragraph=2,
-        first_word="two",
-    ),
-    "a nested placeholder is one": case(
-        "detectable_content:number_placeholders", "[a [b]]", False, num_placeholders=2
-    ),
-    "a placeholder stays on its line": case(
-        "detectable_content:number_placeholders", "[a\nb]", False, num_placeholders=1
-    ),
-    "a postscript may be spaced": case(
-        "detectable_content:postscript", "So.\np. s. more", True, postscript_marker="P.S."
-    ),
-    "a postscript may stand within a line": case(
-        "detectable_content:postscript", "So p.p.s more", True, postscript_marker="P.P.S"
-    ),
-    "another marker is searched for as it is": case(
-        "detectable_content:postscript", "note: x", True, postscript_marker="NOTE:"
-    ),
-    "bullets are counted exactly": case(
-        "detectable_format:number_bullet_lists", "* a\n* b\n- c", False, num_bullets=2
-    ),
-    "a rule of hyphens is a bullet": case(
-        "detectable_format:number_bullet_lists", "* a\n---", True, num_bullets=2
-    ),
-    "bold at a line's beginning is no bullet": case(
-        "detectable_format:number_bullet_lists", "**a**\n* b", True, num_bullets=1
-    ),
-    "a constrained answer may stand anywhere": case(
-        "detectable_format:constrained_response", "Well. My answer is yes. Truly.", True
-    ),
-    "a constrained answer has its capitals": case(
-        "detectable_format:constrained_response", "my answer is yes.", False
-    ),
-    "bold counts once": case(
-        "detectable_format:number_highlighted_sections", "**a**", False, num_highlights=2
-    ),
-    "a product is highlighted": case(
-        "detectable_format:number_highlighted_sections", "2 * 3 * 4", True, num_highlights=1
-    ),
-    "a highlight is not blank": case(
-        "detectable_format:number_highlighted_sections", "* * ** **", False, num_highlights=1
-    ),
-    "sections are numbered": case(
-        "detectable_format:multiple_sections",
-        "Section 1 a Section 2 b",
-        True,
-        section_spliter="Section",
-        num_sections=2,
-    ),
-    "sections have their capitals": case(
-        "detectable_format:multiple_sections",
-        "SECTION 1 a",
-        False,
-        section_spliter="Section",
-        num_sections=1,
-    ),
-    "fenced JSON is JSON": case("detectable_format:json_format", "```json\n{}\n```", True),
-    "a number is JSON": case("detectable_format:json_format", "7", True),
-    "prose before JSON is not": case("detectable_format:json_format", "Here: {}", False),
-    "a title may stand anywhere": case("detectable_format:title", "so <<a b>> it is", True),
-    "a title is not blank": case("detectable_format:title", "<<  >>", False),
-    "a title stays on its line": case("detectable_format:title", "<<a\nb>>", False),
-    "two responses differ": case("combination:two_responses", "a ****** a ", False),
-    "two responses may have stars around them": case(
-        "combination:two_responses", "******a******b******", True
-    ),
-    "three responses are not two": case("combination:two_responses", "a******b******c", False),
-    "a blank response within is none": case("combination:two_responses", "a************b", False),
-    "a prompt is repeated in any case": case(
-        "combination:repeat_prompt", " SAY hi. Hi!", True, prompt_to_repeat="say hi. "
-    ),
-    "the end may be in quotation marks": case(
-        "startend:end_checker", 'So. "The End" ', True, end_phrase="the end"
-    ),
-    "one quotation mark is no quotation": case("startend:quotation", '"', False),
-    "curly quotation marks are none": case("startend:quotation", "\u201ca\u201d", False),
-    "a hyphenated word in capitals is one": case(
-        "change_case:capital_word_frequency",
-        "WELL-DONE, I say.",
-        True,
-        capital_frequency=3,
-        capital_relation="less than",
-    ),
-    "one small letter is too many": case(
-        "change_case:english_capital", "THIS IS a PLAIN SENTENCE", False
-    ),
-    "capitals must be English": case(
-        "change_case:english_capital", "DAS IST EIN GANZ SCHLICHTER SATZ", False
-    ),
-    "lowercase English is": case(
-        "change_case:english_lowercase", "this is a plain and simple sentence", True
-    ),
-    "digits have no case": case("change_case:english_lowercase", "12345", False),
-    "another script's comma is none": case("punctuation:no_comma", "a\uff0c b", True),
-    "a comma is one": case("punctuation:no_comma", "a, b", False),
+    name: (instruction, *rest) for instruction, cases in OF.items() for name, rest in cases.items()
 }
 
 

@@ -1,6 +1,8 @@
 """The memory that is foretold, against what PyTorch allocates."""
 
 import dataclasses
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 import tinysteer as ts
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.decoding.step import Batch, Decoding, Means
-from tinysteer.inspection import footprint
+from tinysteer.inspection import footprint, inspect_model
+from tinysteer.loading.hub import ASSETS
 from tinysteer.model.decoder import Decoder
 
 ROWS, COLUMNS, PROMPT = 6, 128, 120
@@ -70,3 +73,11 @@ def test_memory_is_as_foretold(variant, checkpoint):
     assert expected.edits == fixed.stack.packed.nbytes + fixed.bank.nbytes
     rest = expected.peak - expected.weights
     assert 0.8 * peak < rest < 1.5 * peak
+
+
+def test_a_model_of_the_paper_shows_what_the_paper_used(tmp_path):
+    shutil.copytree(ASSETS / "tiny-instruct", tmp_path / "Phi-3-mini-4k-instruct")
+    said = inspect_model(str(tmp_path / "Phi-3-mini-4k-instruct"), None)
+    assert re.search(r"^  change_case:english_capital +28 / 22$", said, re.MULTILINE)
+    assert re.search(r"^  exclude +28, -100.0$", said, re.MULTILINE)
+    assert "paper" not in inspect_model("tiny-instruct", None)

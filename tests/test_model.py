@@ -99,27 +99,19 @@ def flips(config: Config) -> dict[str, Config]:
     change = {name: value for name, value in change.items() if value != getattr(config, name)}
     made = {name: dataclasses.replace(config, **{name: value}) for name, value in change.items()}
 
-    def each_layer(**changed):
-        layers = tuple(dataclasses.replace(layer, **changed) for layer in config.layers)
-        return dataclasses.replace(config, layers=layers)
+    def each_layer(change):
+        layers = (dataclasses.replace(layer, **change(layer)) for layer in config.layers)
+        return dataclasses.replace(config, layers=tuple(layers))
 
     def each_rope(**changed):
-        ropes = [dataclasses.replace(layer.rope, **changed) for layer in config.layers]
-        pairs = zip(config.layers, ropes, strict=True)
-        layers = tuple(dataclasses.replace(layer, rope=rope) for layer, rope in pairs)
-        return dataclasses.replace(config, layers=layers)
+        return each_layer(lambda layer: {"rope": dataclasses.replace(layer.rope, **changed)})
 
     rope = config.layers[-1].rope
     windows = {layer.window for layer in config.layers}
-    made["window"] = each_layer(window=3)
+    made["window"] = each_layer(lambda layer: {"window": 3})
     if windows != {None}:
-        made["window wider by one"] = dataclasses.replace(
-            config,
-            layers=tuple(
-                dataclasses.replace(layer, window=layer.window and layer.window + 1)
-                for layer in config.layers
-            ),
-        )
+        wider = each_layer(lambda layer: {"window": layer.window and layer.window + 1})
+        made["window wider by one"] = wider
     made["theta"] = each_rope(theta=500.0)
     if rope.scheme != "default":
         made["rope scheme"] = each_rope(scheme="default")

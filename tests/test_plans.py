@@ -85,19 +85,10 @@ WRONG = {
         {"edits": [entry(weight="1")]},
         r"edits\[0\].weight is '1'; it must be a finite num",
     ),
-    "half a layer": (
-        {"edits": [entry(layer=1.5)]},
-        r"edits\[0\].layer is 1.5; it must be",
-    ),
+    "half a layer": ({"edits": [entry(layer=1.5)]}, r"edits\[0\].layer is 1.5; it must be"),
     "true as a layer": ({"edits": [entry(layer=True)]}, r"edits\[0\].layer is True; it must be"),
-    "unknown window": (
-        {"edits": [entry(where="now")]},
-        r"edits\[0\].where is 'now'; it must be",
-    ),
-    "half a window": (
-        {"edits": [entry(where=[1])]},
-        r"edits\[0\].where is \[1\]; it must",
-    ),
+    "unknown window": ({"edits": [entry(where="now")]}, r"edits\[0\].where is 'now'; it must be"),
+    "half a window": ({"edits": [entry(where=[1])]}, r"edits\[0\].where is \[1\]; it must"),
     "an empty window": ({"edits": [entry(where=[3, 3])]}, r"edits\[0\].where is \[3, 3\]; it must"),
     "no such layer": ({"edits": [entry(layer=9)]}, r"edits\[0\].layer: layer 9: this"),
     "a huge number": ({"edits": [entry(weight=10**400)]}, r"edits\[0\].weight is 1000"),

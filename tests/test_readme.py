@@ -78,7 +78,8 @@ def test_the_bridge_gives_the_same_text_as_the_same_edit_here(scope):
 def test_a_kernel_of_ones_own_is_checked_by_the_bench(wrong, tmp_path):
     text = KERNEL.replace("tables.bias", "-tables.bias") if wrong else KERNEL
     (tmp_path / "mine.py").write_text(text)
-    command = [sys.executable, "bench/kernel.py", "--with", f"{tmp_path / 'mine.py'}:mine", "adds"]
+    command = [sys.executable, "-m", "bench.kernels.steer", "--kind", "adds"]
+    command += ["--with", f"{tmp_path / 'mine.py'}:mine"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == wrong, run.stderr
     assert ("is refused at" in run.stderr) == wrong
@@ -91,8 +92,9 @@ def test_every_command_is_one(place):
     assert commands or place in ("kernels/README.md", "bench/README.md")
     for command in commands:
         parser().parse_args(shlex.split(command)[1:])
-    scripts = re.findall(r"python (bench/[\w/]+\.py)", TEXTS[place])
-    assert all((ROOT / script).exists() for script in scripts)
+    modules = re.findall(r"python -m (bench[\w.]+)", TEXTS[place])
+    assert all((ROOT / module.replace(".", "/")).with_suffix(".py").exists() for module in modules)
+    assert not re.findall(r"python bench/", TEXTS[place])
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -91,11 +91,10 @@ def test_idle_moves_change_no_bit(run, family, T):
     idle = [Move(), Move(0, bias=0.0), Move(1, bias=3.0, first=9), Move()]
     x, bank, tables, position = case(*idle, B=2, T=T, D=64, dtype=torch.bfloat16)
     x[0, 0, :4] = -0.0
-    delta, weight, post, offset = surroundings(x, family)
-    delta[0, 0, :4] = -0.0
-    without = run(x, delta, weight, post, offset)
-    idle = run(x, delta, weight, post, offset, bank, tables, position)
-    for a, b in zip(idle, without, strict=True):
+    around = surroundings(x, family)
+    around[0][0, 0, :4] = -0.0  # delta
+    steered = run(x, *around, bank, tables, position)
+    for a, b in zip(steered, run(x, *around), strict=True):
         assert torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
@@ -112,42 +111,40 @@ def test_it_equals_add_then_steer_then_norm(run, T):
 
 
 def test_its_inputs_stay_as_they_were(run):
-    x, bank, tables, position = case(Move(0, bias=2.0))
-    delta, weight, post, offset = surroundings(x, "gemma 2")
-    before = [tensor.clone() for tensor in (x, delta, weight, post)]
-    run(x, delta, weight, post, offset, bank, tables, position)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, delta, weight, post), strict=True))
+    x, *steering = case(Move(0, bias=2.0))
+    *inputs, offset = x, *surroundings(x, "gemma 2")
+    before = [tensor.clone() for tensor in inputs]
+    run(*inputs, offset, *steering)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
 
 
-def test_strided_rows_are_read_where_they_lie(run):
-    x, bank, tables, position = case(Move(0, bias=2.0), B=2, T=3)
-    delta, weight, post, offset = surroundings(x, "llama")
-    expected = run(x, delta, weight, post, offset, bank, tables, position)
+def inside(x):
+    """The same rows in a wider tensor, NaN around them."""
     wide = torch.full((2, 5, 40), math.nan, device=DEVICE)
-    wide[:, 1:4, 4:20], wide[:, 1:4, 22:38] = x, delta
-    x, delta = wide[:, 1:4, 4:20], wide[:, 1:4, 22:38]
-    result = run(x, delta, weight, post, offset, bank, tables, position)
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    assert all(tensor.is_contiguous() for tensor in result)
+    wide[:, 1:4, 4:20] = x
+    return wide[:, 1:4, 4:20]
 
 
-def test_a_transposed_batch_gives_contiguous_results(run):
-    x, bank, tables, position = case(Move(0, bias=2.0), B=2, T=3)
-    delta, weight, post, offset = surroundings(x, "llama")
-    expected = run(x, delta, weight, post, offset, bank, tables, position)
-    turned = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (x, delta))
-    result = run(*turned, weight, post, offset, bank, tables, position)
+def turned(x):
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("lay", [inside, turned])
+def test_rows_are_read_where_they_lie_and_results_are_contiguous(run, lay):
+    x, *steering = case(Move(0, bias=2.0), B=2, T=3)
+    delta, *rest = surroundings(x, "llama")
+    expected = run(x, delta, *rest, *steering)
+    result = run(lay(x), lay(delta), *rest, *steering)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     assert all(tensor.is_contiguous() for tensor in result)
 
 
 def test_a_nan_row_stays_alone(run):
-    x, bank, tables, position = case(Move(0, bias=1.0), Move(1, slope=1.0), B=2)
-    delta, weight, post, offset = surroundings(x, "gemma 2")
-    clean = run(x, delta, weight, post, offset, bank, tables, position)
+    x, *steering = case(Move(0, bias=1.0), Move(1, slope=1.0), B=2)
+    around = surroundings(x, "gemma 2")
+    clean = run(x, *around, *steering)
     x[0] = math.nan
-    spoilt = run(x, delta, weight, post, offset, bank, tables, position)
-    for a, b in zip(spoilt, clean, strict=True):
+    for a, b in zip(run(x, *around, *steering), clean, strict=True):
         assert a[0].isnan().all()
         assert torch.equal(a[1], b[1])
 

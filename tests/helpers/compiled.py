@@ -196,7 +196,7 @@ GATED = gating.gated_kernel
 
 
 def machine_code(kernel) -> dict:
-    """Registers, bytes of stack, spills and barriers of a compiled kernel."""
+    """Registers, bytes of stack, spills, barriers and instructions of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -208,6 +208,7 @@ def machine_code(kernel) -> dict:
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "barriers": len(re.findall(r"\bBAR\.", code)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, flags=re.MULTILINE)),
     }
 
 
