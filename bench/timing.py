@@ -123,10 +123,9 @@ def measure(timed: Mapping, n: int = REPLAYS) -> dict[str, Times]:
     first, second = replays(timed, n), replays(timed, n)
     both = {name: first[name] + second[name] for name in timed}
     base = both[next(iter(timed))]
-    nothing = [0.0] * len(base)
     return {
         name: Times(
-            *difference(times, nothing),
+            *difference(times, [0.0] * len(times)),
             quantiles(second[name], 0.5)[0],
             *difference(times, base),
         )

@@ -27,7 +27,7 @@ GPU_WAYS = [
     Way("256 configurations of 3 vectors", 3, "adds", 256),
 ]
 CPU_WAYS = [OFF, *(Way(f"{n} configurations", 1, "adds", n) for n in (1, 4, 16))]
-GPU, CPU = (R1_DISTILL, GPU_WAYS, (256, 16, 128), 11), (SMOLLM2, CPU_WAYS, (16, 8, 8), 7)
+GPU, CPU = (R1_DISTILL, GPU_WAYS, (256, 16, 128), 7), (SMOLLM2, CPU_WAYS, (16, 8, 8), 7)
 
 
 def configs(lines: Lines, tiny: bool = False) -> None:

@@ -180,7 +180,7 @@ if ON_GPU:
 else:
     few = [(1, 128, FEW), (8, 128, FEW)]
     PARTS["quick"] = Part(ASKED, 1, partial(steps, "quick", [SMOLLM2], few))
-PARTS["configs"] = Part("what do many configurations in one batch cost?", 1.5, configs)
+PARTS["configs"] = Part("what do many configurations in one batch cost?", 3, configs)
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from operator import itemgetter
 
 import torch
@@ -58,7 +59,7 @@ from bench.timing import (
 
 STEPS = list(map(ours_fused, ("off", "idle", "adds", "targets")))
 FILLS = [*map(ours_fused, ("off", "adds", "targets")), ours("adds"), ours("targets")]
-FEWER = 40 if ON_GPU else 5  # replays a pass where there are many lines
+FEWER = 10 if ON_GPU else 5  # replays a pass where there are many lines
 LONG = 8192 if ON_GPU else 512  # positions
 WIDTHS = (4096, 8192) if ON_GPU else (576, 2048)  # for a kernel of your own
 DTYPE = Case._field_defaults["dtype"]
@@ -113,9 +114,8 @@ class Bench(Lines):
 
     def __init__(self, file: str | None, dtype: str = DTYPE):
         super().__init__(file)
-        self.dtype, self.unshown = dtype, []
+        self.dtype, self.unshown, self.replays = dtype, [], REPLAYS if ON_GPU else 15
         self.copy, self.begin = copy_bandwidth(), time.perf_counter()
-        self.replays = REPLAYS if ON_GPU else 15
         print(f"{self.dtype} unless said; a copy moves {self.copy / 1e9:.1f} GB/s\n", flush=True)
 
     def line(self, case: Case, ways: Sequence[Way], warm: bool = False) -> None:
@@ -234,13 +234,12 @@ def against(bench: Bench, case: Case, kinds: Iterable[str]) -> None:
     bench.show()
 
 
-def decode(bench: Bench) -> None:
+def decode(bench: Bench, directions: str = "shared") -> None:
     """One position a row: every batch, number of moves, width, kind and share of idle rows."""
     bench.replays = FEWER
     ways = [*map(ours_fused, ("off", *KINDS)), *map(ours, ("adds", "targets", "mixed"))]
-    for directions, D in itertools.product(("shared", "own"), (4096, 576, 2048, 8192)):
-        for B, K in itertools.product((1, 8, 64, 256), (1, 4, 16)):
-            bench.line(Case(B, 1, D, K, directions), ways)
+    for D, B, K in itertools.product((4096, 576, 2048, 8192), (1, 8, 64, 256), (1, 4, 16)):
+        bench.line(Case(B, 1, D, K, directions), ways)
     bench.show()
 
 
@@ -275,11 +274,12 @@ def types(bench: Bench) -> None:
     bench.show()
 
 
-PARTS = {  # minutes on one H200: quick was measured in an earlier form, the others are guesses
-    "quick": Part("what do four moves cost, and what would one write without us?", 2, quick),
-    "decode": Part("what do moves add to one position's add and norm, in 96 cases?", 7, decode),
-    "prefill": Part("how near do the kernels come to a copy?", 5, prefill),
-    "baselines": Part("and eager, compiled, embedding_bag, baddbmm, other kernels?", 7, baselines),
+PARTS = {  # minutes on one H100: quick was measured, the others are made of its lines' times
+    "quick": Part("what do four moves cost, and what would one write without us?", 3, quick),
+    "decode": Part("what do moves add to one position's add and norm, in 48 cases?", 5, decode),
+    "own": Part("and along directions of each row's own?", 5, partial(decode, directions="own")),
+    "prefill": Part("how near do the kernels come to a copy?", 4, prefill),
+    "baselines": Part("and eager, compiled, embedding_bag, baddbmm, other kernels?", 5, baselines),
     "types": Part("do float16, float32, slots, missing positions or a cache matter?", 2, types),
     "compiler": Part("what must move, and what does Triton make of the kernels?", 1, by_compiler),
 }
