@@ -87,8 +87,25 @@ def test_a_readers_right_kernel_is_timed(tmp_path):
     said = bench("bench.compare", "lines.jsonl", "slower.jsonl", folder=tmp_path)
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("| 3.000 |") == said.stdout.count("slower") == 12
-    picture = bench("bench.kernels.plot", "lines.jsonl", "out.png", folder=tmp_path)
-    assert (picture.returncode == 0) == (tmp_path / "out.png").exists(), picture.stderr
+
+
+def test_what_was_timed_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    line = {"B": 1, "T": 1, "D": 64, "directions": "own", "fused": True, "first": True}
+    line |= {"device": "a card", "date": "today", "low": 0.9, "high": 1.1, "more": 1.0, "bytes": 64}
+    lines = [line | {"K": K, "way": "adds", "kind": "adds", "percent": K} for K in (1, 4)]
+    code = f"from bench.kernels.plot import plot; plot({lines}, 'out.png')"
+    settings = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=settings, check=True)
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+REFUSED = {
+    "go with --shape": ["--quick", "--own"],
+    "leave out --shape": ["--quick", "--shape", "1,1,8,1"],
+    "--kind goes with": ["--quick", "--kind", "adds"],
+    "there is no file 'his.py'": ["--with", "his.py:mine"],
+}
 
 
 def slower(lines: list[str], times: float) -> str:
@@ -127,3 +144,23 @@ def test_a_readers_kernel_in_triton_is_checked_where_there_is_no_gpu(tmp_path):
     done = with_mine(tmp_path, ADDS, "--kind", "adds", name="adds")
     assert done.returncode == 0, done.stderr
     assert "mine.py:adds is right: adds" in done.stdout
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_options_that_do_not_go_together_are_refused_at_once(said, tmp_path):
+    done = bench("bench.kernels.steer", *REFUSED[said], folder=tmp_path)
+    assert done.returncode
+    assert said in done.stderr
+
+
+def test_a_readers_kernel_that_fails_or_returns_a_view_is_told_and_timed(tmp_path):
+    fails = with_mine(
+        tmp_path, "def mine(*_):\n    raise RuntimeError('no such tile')", "--kind", "adds"
+    )
+    assert "no such tile" in fails.stderr
+    assert "is refused at Case(" in fails.stderr
+    view = MINE.replace("def mine(", "def base(") + "\n\ndef mine(x, *rest):\n"
+    view += "    return base(x.view(x.shape), *rest).view(x.shape)\n"
+    done = with_mine(tmp_path, view, "--kind", "adds", "--shape", "2,1,64,2", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "| 2 1 64 2 " in done.stdout

@@ -439,6 +439,24 @@ def test_another_run_in_the_same_folder_is_refused(model, tmp_path):
         study(model, tmp_path)
 
 
+def test_a_users_own_files_in_the_folder_stay(model, tmp_path):
+    (tmp_path / "vectors").mkdir()
+    (tmp_path / "vectors/mine.safetensors").write_text("mine")
+    study(model, tmp_path)
+    assert (tmp_path / "vectors/mine.safetensors").read_text() == "mine"
+    for text in ('{"question": "my own"}\n', "no JSON", '{"question": "my own"}\n{"a": 1}\n'):
+        (tmp_path / "answers.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"answers\.jsonl is not a run's: choose another"):
+            study(model, tmp_path)
+        assert (tmp_path / "answers.jsonl").read_text() == text
+
+
+def test_pairs_without_a_row_are_refused(model, tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"none\.jsonl has no row of one instruction"):
+        formats.read_pairs(study(model, tmp_path / "run", pairs=str(tmp_path / "none.jsonl")))
+
+
 def test_a_run_that_answered_nothing_locks_no_folder(model, tmp_path):
     """Nor are its vectors taken: they may be of other pairs."""
     first = study(model, tmp_path, limit=2)

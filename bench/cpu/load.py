@@ -7,6 +7,7 @@ shards. Each row is a process of its own; its peak is the whole process's, torch
 The limit is 1.25 x the weights in their final dtype + 300 MB.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -72,11 +73,14 @@ def loading(folders: list[Path]) -> None:
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("folders", nargs="*", type=Path, help="of models")
+    folders = arguments.parse_args().folders
     print(where(), end="\n\n")
     seconds = [python(IMPORT)[0] for _ in range(9)]
     row = [f"{statistics.median(seconds):.3f}", f"{max(seconds):.3f}"]
     print(table(["import tinysteer after torch, s: median of 9", "most"], [row]), end="\n\n")
-    if folders := [Path(argument) for argument in sys.argv[1:]]:
+    if folders:
         return loading(folders)
     decoder = random_decoder(MODEL).to(torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,29 +1,22 @@
-"""Pictures of a bench's lines: what moves cost above none, and how near a copy they come.
+"""Pictures of a bench's lines: what moves cost above none, and how near a copy they come."""
 
-python -m bench.kernels.plot lines.jsonl out.png
-"""
-
-import json
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 
 def plot(lines: Iterable[dict], file: str) -> None:
     """Left: us above "no edits" by K, of one position a row. Right: percent of a copy by bytes."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError('--plot needs matplotlib: pip install "tinysteer[plot]"') from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines, above, share = list(lines), {}, {}
-    shown = [line for line in lines if line["way"] == line["kind"] and line["fused"]]  # ours
+    above, share = {}, {}
+    shown = [line for line in lines if line["way"] == line["kind"] and line["fused"]]
     for line in shown:
         if line["kind"] in ("adds", "targets", "mixed") and line["T"] == 1 and line["first"]:
             name = f"{line['kind']}, B {line['B']}, D {line['D']}, {line['directions']}"
-            above.setdefault(name, {})[line["K"]] = line["more"], line["low"], line["high"]
+            points = above.setdefault(name, {})  # of other types or arguments come later: left out
+            points.setdefault(line["K"], (line["more"], line["low"], line["high"]))
         share.setdefault(line["kind"], []).append((line["bytes"], line["percent"]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for name, by_k in sorted(above.items()):
@@ -36,16 +29,9 @@ def plot(lines: Iterable[dict], file: str) -> None:
         right.scatter(*zip(*sorted(points), strict=True), s=16, label=kind)
     right.set(xscale="log", ylim=(0, None), ylabel="percent of a copy")
     right.set_xlabel("bytes that must move")
-    right.set_title(", ".join({f"{line['device']}, {line['date']}" for line in lines}))
+    right.set_title(", ".join({f"{line['device']}, {line['date']}" for line in shown}))
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="x-small", ncols=1 + (len(above) > 12) * (axes is left))
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    text = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
-    plot([line for line in map(json.loads, text) if "way" in line], sys.argv[2])

@@ -14,7 +14,8 @@ can do, where that is not all: idle, adds, targets, mixed, or one of these with 
 "off" is add_steer_norm without edits, "idle" with tables in which no row has one; in "half idle"
 every second row has, and "mixed" moves are of all kinds, with windows.
 
-Every way is checked against float64 before it is timed and after, its results poisoned between.
+Every way is checked against float64 before it is timed and after, its results poisoned between;
+what moves x in place many times a replay is called anew for the second check.
 The ways of one line are replayed in turn. A difference is to the line's first way, a 95 % interval;
 % is of a copy's bandwidth in the same run, for the bytes that any way must move. On a CPU `steer`
 is PyTorch's formula. See bench/README.md for how to read the rest.
@@ -28,9 +29,11 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from operator import itemgetter
+from pathlib import Path
 
 import torch
 
@@ -49,6 +52,7 @@ from bench.kernels.ways import (
 from bench.machine import ON_GPU, Lines, Part, gpu, parser, run_parts, table, where
 from bench.timing import (
     REPLAYS,
+    Times,
     cache_size,
     copy_bandwidth,
     measure,
@@ -59,9 +63,9 @@ from bench.timing import (
 
 STEPS = list(map(ours_fused, ("off", "idle", "adds", "targets")))
 FILLS = [*map(ours_fused, ("off", "adds", "targets")), ours("adds"), ours("targets")]
-FEWER = 10 if ON_GPU else 5  # replays a pass where there are many lines
+MANY, FEWER = (REPLAYS, 10) if ON_GPU else (15, 5)  # replays a pass: fewer where lines are many
 LONG = 8192 if ON_GPU else 512  # positions
-WIDTHS = (4096, 8192) if ON_GPU else (576, 2048)  # for a kernel of your own
+WIDTHS = (4096, 8192, 576, 2048) if ON_GPU else (576, 2048)
 DTYPE = Case._field_defaults["dtype"]
 
 # Right first.
@@ -114,41 +118,52 @@ class Bench(Lines):
 
     def __init__(self, file: str | None, dtype: str = DTYPE):
         super().__init__(file)
-        self.dtype, self.unshown, self.replays = dtype, [], REPLAYS if ON_GPU else 15
+        self.dtype, self.unshown = dtype, []
         self.copy, self.begin = copy_bandwidth(), time.perf_counter()
         print(f"{self.dtype} unless said; a copy moves {self.copy / 1e9:.1f} GB/s\n", flush=True)
 
-    def line(self, case: Case, ways: Sequence[Way], warm: bool = False) -> None:
+    def line(self, case: Case, ways: Sequence[Way], warm: bool = False, n: int = MANY) -> None:
+        """n: replays a pass. A way that fails is left out, but for the first."""
         case = case._replace(dtype=self.dtype) if case.dtype == DTYPE else case
         if ON_GPU:
             torch.cuda.empty_cache()
         touched, first = min(way.touched(case) for way in ways), ways[0]
         n_sets = 1 if warm else n_cold_sets(touched)
         sets, warm = make(case, {w.kind for w in ways}, n_sets), n_sets * touched < cache_size()
-        errors, timed = {}, {}
+        errors, timed, line = {}, {}, []
         for way in ways:
-            try:
+            with self.leaving_out(way, case, first):
                 errors[way.name] = verify(way, sets[0])
                 timed[way.name] = sized(way.call, [(i, *way.prepare(i)) for i in sets])
-            except Exception as error:  # one rival's failure should not cost the others' numbers
-                if way is first:
-                    raise
-                print(f"{way.name} at {case} is left out: {error!r:.500}", flush=True)
-        times, line, clock = measure(timed, self.replays), [], gpu("clocks.sm")
-        for way in (way for way in ways if way.name in timed):
-            error = max(errors[way.name], verify_replay(way, timed[way.name], sets))
-            moved, us = way.traffic(case), times[way.name].us
-            result = case._asdict() | {"way": way.name, "kind": way.kind}
-            result |= {"fused": way.fused, "warm": warm, "first": first.kind == "off"}
-            result |= times[way.name]._asdict() | {"host_us": host(way, sets[0]), "bytes": moved}
-            result |= {"gbs": 1e-3 * moved / us, "percent": 1e8 * moved / us / self.copy}
-            result |= {"copy_gbs": self.copy / 1e9, "n_sets": len(timed[way.name].outputs)}
-            result |= {"calls": timed[way.name].n_calls, "error": error, "sm_mhz": clock}
-            told = predicted("kernels, us", f"{case} {way.name}", self.copy, scaled=case.T > 1)
-            line.append(self.write(**result, predicted=told))
+        times, clock = measure(timed, n), gpu("clocks.sm")
+        for way in [way for way in ways if way.name in timed]:
+            with self.leaving_out(way, case, first):
+                error = max(errors[way.name], verify_replay(way, timed[way.name], sets))
+                result = self.result(case, way, times[way.name], first)
+                result |= {"warm": warm, "replays": n, "error": error, "sm_mhz": clock}
+                result |= {"n_sets": len(timed[way.name].outputs), "calls": timed[way.name].n_calls}
+                line.append(self.write(**result, host_us=host(way, sets[0])))
         self.unshown.append((f"{case}{' warm' * (ON_GPU and line[0]['warm'])}", line))
         seconds = time.perf_counter() - self.begin
         print(f"{seconds:4.0f} s  {case}: {cells(line)}", file=sys.stderr, flush=True)
+
+    def result(self, case: Case, way: Way, t: Times, first: Way) -> dict:
+        moved, told = way.traffic(case), f"{case} {way.name}"
+        result = case._asdict() | {"way": way.name, "kind": way.kind, "fused": way.fused}
+        result |= t._asdict() | {"first": first.kind == "off", "bytes": moved}
+        result |= {"gbs": 1e-3 * moved / t.us, "percent": 1e8 * moved / t.us / self.copy}
+        told = predicted("kernels, us", told, self.copy, scaled=case.T > 1)
+        return result | {"copy_gbs": self.copy / 1e9, "predicted": told}
+
+    @contextmanager
+    def leaving_out(self, way: Way, case: Case, first: Way) -> Iterator[None]:
+        """One rival's failure should not cost the others' numbers."""
+        try:
+            yield
+        except Exception as error:
+            if way is first:
+                raise
+            print(f"{way.name} at {case} is left out: {error!r:.500}", flush=True)
 
     def show(self) -> None:
         """A table for each choice of ways: a row a case, or a row a way if those are more."""
@@ -229,27 +244,26 @@ def against(bench: Bench, case: Case, kinds: Iterable[str]) -> None:
         torch._dynamo.reset()
         compiled.cache_clear()
         bench.line(case, [ours(kind), *rivals(case, kind, compiling=True)])
-        both = [ours_fused(kind), ours_fused("off")]
+        both = [ours_fused("off"), ours_fused(kind)]
         bench.line(case, [*both, *fused_rivals(case, kind, compiling=True)])
     bench.show()
 
 
 def decode(bench: Bench, directions: str = "shared") -> None:
     """One position a row: every batch, number of moves, width, kind and share of idle rows."""
-    bench.replays = FEWER
     ways = [*map(ours_fused, ("off", *KINDS)), *map(ours, ("adds", "targets", "mixed"))]
-    for D, B, K in itertools.product((4096, 576, 2048, 8192), (1, 8, 64, 256), (1, 4, 16)):
-        bench.line(Case(B, 1, D, K, directions), ways)
+    whole = [way for way in ways if "half" not in way.kind]
+    for D, B, K in itertools.product(WIDTHS, (1, 8, 64, 256), (1, 4, 16)):
+        bench.line(Case(B, 1, D, K, directions), ways if B > 1 else whole, n=FEWER)
     bench.show()
 
 
 def prefill(bench: Bench) -> None:
     """Several positions: every length, and the shortest by 8 rows too."""
-    bench.replays = FEWER
-    for D, T, K in itertools.product((4096, 576, 2048, 8192), (LONG, 512, 4), (1, 4, 16)):
+    for D, T, K in itertools.product(WIDTHS, sorted({LONG, 512, 4}), (1, 4, 16)):
         for B in (1, 8) if T < 8192 else (1,):
-            bench.line(Case(B, T, D, K), [*FILLS, ours_fused("idle"), ours_fused("mixed")])
-    bench.line(Case(8, 512, 4096, 4, "own"), FILLS)
+            bench.line(Case(B, T, D, K), [*FILLS, ours_fused("idle"), ours_fused("mixed")], n=FEWER)
+    bench.line(Case(8, 512, WIDTHS[0], 4, "own"), FILLS)
     bench.show()
 
 
@@ -276,7 +290,7 @@ def types(bench: Bench) -> None:
 
 PARTS = {  # minutes on one H100: quick was measured, the others are made of its lines' times
     "quick": Part("what do four moves cost, and what would one write without us?", 3, quick),
-    "decode": Part("what do moves add to one position's add and norm, in 48 cases?", 5, decode),
+    "decode": Part("what do moves add to one position's add and norm, in every size?", 5, decode),
     "own": Part("and along directions of each row's own?", 5, partial(decode, directions="own")),
     "prefill": Part("how near do the kernels come to a copy?", 4, prefill),
     "baselines": Part("and eager, compiled, embedding_bag, baddbmm, other kernels?", 5, baselines),
@@ -287,24 +301,27 @@ PARTS = {  # minutes on one H100: quick was measured, the others are made of its
 # One's own.
 
 
-def against_yours(name: str, kinds: Sequence[str], lines: str | None) -> None:
+def against_yours(options, cases: Iterable[Case]) -> None:
     """A reader's "mine.py:function": refused where it is wrong, else timed beside `steer`."""
+    name, kinds = options.yours, options.kind or KINDS
     file, _, function = name.rpartition(":")
-    function = runpy.run_path(file)[function]
+    if not Path(file).is_file():
+        sys.exit(f"--with {name}: there is no file {file!r}; write FILE.py:FUNCTION")
+    function = runpy.run_path(file).get(function) or sys.exit(f"--with {name}: {file} has none")
     pairs = {kind: [ours(kind), ours(kind, function, "yours")] for kind in kinds}
     for case, inputs in small(kinds):
         for _, yours in pairs.values() if case.position and not case.slot else ():
             try:
                 verify(yours, inputs)
-            except AssertionError as error:
-                sys.exit(f"{name} is refused at {case!r}, {inputs.x.dtype}: {error}")
+            except Exception as error:
+                sys.exit(f"{name} is refused at {case!r}, {inputs.x.dtype}: {error or error!r}")
     print(f"{name} is right: {', '.join(kinds)}, in all cases of the check\n", flush=True)
     if INTERPRETED:
         return print("Triton interprets kernels here, whose time says nothing.")
     pairs = {kind: pairs[kind] for kind in kinds if kind in ("adds", "targets")} or pairs
-    bench = Bench(lines)
-    for ways, D, B in itertools.product(pairs.values(), WIDTHS, (1, 8, 64)):
-        bench.line(Case(B, 1, D, 4), ways)
+    bench = Bench(options.json, options.dtype)
+    for ways, case in itertools.product(pairs.values(), cases):
+        bench.line(case, ways)
     return bench.show()
 
 
@@ -327,11 +344,22 @@ def main() -> None:
     one.add_argument("--with", dest="yours", metavar="FILE.py:FUNCTION", help="your own kernel")
     one.add_argument("--plot", metavar="PNG", help="a picture of what was timed")
     options = one.parse_args()
+    if options.plot and not find_spec("matplotlib"):
+        one.error('--plot needs matplotlib: pip install "tinysteer[plot]"')
+    if options.part and (options.shape or options.yours):
+        one.error("a part has its own cases: leave out --shape and --with, or --quick and --part")
+    if options.plot and (options.yours or options.part == "compiler"):
+        one.error("--plot draws what parts and --shape time of add_steer_norm")
+    if (options.own or options.slot or options.no_position) and not options.shape:
+        one.error("--own, --slot and --no-position go with --shape")
+    if options.kind and not (options.shape or options.yours):
+        one.error("--kind goes with --shape or --with")
     if not ON_GPU and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     print(where(), end="\n\n", flush=True)
     if options.yours:
-        return against_yours(options.yours, options.kind or KINDS, options.json)
+        usual = [Case(B, 1, D, 4) for D in WIDTHS for B in (1, 8, 64)]
+        return against_yours(options, [case_of(options)] if options.shape else usual)
     check()
     bench = Bench(options.json, options.dtype)
     if options.shape:
@@ -340,9 +368,7 @@ def main() -> None:
             against(bench, case, (kind,))
     else:
         run_parts(PARTS, options.part, bench)
-    if options.plot:
-        plot([line for line in bench.kept if "us" in line], options.plot)
-    return None
+    return plot(bench.kept, options.plot) if options.plot else None
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def check(experiment: str, source: bool, embedded: bool) -> None:
         raise ValueError(f"{experiment!r} is not an experiment: {', '.join(EXPERIMENTS)}")
     if experiment == "transfer" and not source:
         raise ValueError("transfer needs the model that vectors come from: --source MODEL")
+    if source and experiment not in ("transfer", "length", "words"):
+        raise ValueError(f"{experiment} takes no vectors from elsewhere: leave out the source")
     needs_extra = experiment in ("format", "multi", "transfer", *([] if embedded else ["length"]))
     missing = [name for name in EXTRA if needs_extra and not importlib.util.find_spec(name)]
     if missing:
@@ -59,8 +61,6 @@ def reproduce(
     quality, by name. ValueError as `check`, and for a folder that holds another run.
     """
     check(experiment, source is not None, not corpus_for(model, source or model).sentences)
-    if source and experiment not in ("transfer", "length", "words"):
-        raise ValueError(f"{experiment} takes no vectors from elsewhere: leave out the source")
     began = time.perf_counter()
     study = Study(experiment, model, Path(out), settings or Settings(), reader, source)
     findings = EXPERIMENTS[experiment](study)

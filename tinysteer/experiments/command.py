@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
     one.add_argument("--limit", type=int, metavar="N", help="test prompts, at most")
     one.add_argument("--prompts", metavar="JSONL", help="test prompts in place of the built-in")
     one.add_argument("--pairs", metavar="JSONL", help="pairs for formats, likewise")
-    one.add_argument("--source", metavar="MODEL", help="transfer: where the vectors come from")
+    one.add_argument("--source", metavar="MODEL", help="of vectors: for transfer, length, words")
     one.add_argument("--reader", metavar="MODEL", help="to whose perplexity a text is spoilt")
     one.add_argument("--layers", metavar="JSON", help="a summary.json whose layers to take")
     one.add_argument("--layer", type=int, metavar="L", help="for lengths and words")

@@ -49,7 +49,8 @@ class Settings:
     pairs: str | None = None
 
     def __post_init__(self):
-        for name in ("limit", "validation", "step", "validation_tokens", "batch_size"):
+        counts = "limit validation step max_new_tokens validation_tokens batch_size"
+        for name in counts.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be 1 or more")
@@ -119,6 +120,8 @@ class Answers(dict[str, str]):
         self.file, finished = out / "answers.jsonl", (out / "summary.json").exists()
         about = json.loads(json.dumps({"layout": LAYOUT} | about))  # as it is read again
         text = self.file.read_bytes() if self.file.exists() else b""  # a line cut short is dropped
+        if text and not text.startswith((b'{"layout": ', b'{"experiment": ')):
+            raise ValueError(f"{self.file} is not a run's: choose another --out, or move it away")
         header, *rows = map(json.loads, text[: text.rfind(b"\n") + 1].splitlines() or [b"{}"])
         changed = sorted(k for k in about if header.get(k) != about[k])
         if changed and (rows or finished):
@@ -126,7 +129,7 @@ class Answers(dict[str, str]):
             if header.get("layout") != LAYOUT:
                 what = "a run of an older tinysteer, which this one can't go on with"
             raise ValueError(f"{out} holds {what}: choose another --out, or delete it")
-        if changed:  # and nothing was answered: a run that failed locks no folder
+        if changed and text:  # and nothing was answered: a run that failed locks no folder
             for vector in (out / "vectors").glob("*.safetensors"):
                 vector.unlink()
         whole = as_lines([about, *rows]).encode()

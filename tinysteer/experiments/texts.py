@@ -98,6 +98,8 @@ def read_items(path: str | Path) -> list[Item]:
             why = f"{type(error).__name__}: {error}"
             raise ValueError(f"{line}: needs {needs} ({why})") from None
         items += [item] if len(ids) == 1 else []  # more at once are no pair for one vector
+    if not items:
+        raise ValueError(f"{path} has no row of one instruction")
     return items
 
 
