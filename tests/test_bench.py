@@ -83,8 +83,9 @@ def test_a_readers_right_kernel_is_timed(tmp_path):
     assert len(re.findall(r"\| \d+ 1 \d+ 4 +\| \S+ +\| \S+ [+-][\d.,]+\.\.", done.stdout)) == 6
     lines = (tmp_path / "lines.jsonl").read_text().splitlines()
     assert len(lines) == 12
-    (tmp_path / "slower.jsonl").write_text(slower(lines, 3.0))
-    said = bench("bench.compare", "lines.jsonl", "slower.jsonl", folder=tmp_path)
+    for times in (1.0, 3.0):
+        (tmp_path / f"{times}.jsonl").write_text(steady(lines, times))
+    said = bench("bench.compare", "1.0.jsonl", "3.0.jsonl", folder=tmp_path)
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("| 3.000 |") == said.stdout.count("slower") == 12
 
@@ -108,12 +109,11 @@ REFUSED = {
 }
 
 
-def slower(lines: list[str], times: float) -> str:
-    """Lines of a machine that takes so many times as long, as surely."""
+def steady(lines: list[str], times: float) -> str:
+    """Lines of a machine that takes so many times as long, and never varies."""
     rows = list(map(json.loads, lines))
     for row in rows:
-        row["us_low"] = row["us_high"] = row["us"]
-        row |= {name: times * row[name] for name in ("us", "us_low", "us_high")}
+        row |= dict.fromkeys(("us", "us_low", "us_high"), times * row["us"])
     return "\n".join(map(json.dumps, rows))
 
 
