@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tinysteer as ts
+from tinysteer.loading.checkpoint import EMBEDDING, HEAD, INDEX
 from tinysteer.loading.families import IGNORED, TEXT_PREFIX
 
 TOKENS = torch.tensor([[1, 5, 9, 200, 7]])
@@ -25,8 +26,8 @@ def folder(checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoint("llama: grouped heads")[0], tmp_path / "copy"))
 
 
-def configure(folder: Path, **settings):
-    path = folder / "config.json"
+def configure(folder: Path, name: str = "config.json", **settings):
+    path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
@@ -109,12 +110,71 @@ def test_nothing_of_a_model_is_trained(folder):
     assert not any(parameter.requires_grad for parameter in model.decoder.parameters())
 
 
-def test_a_head_stored_although_tied_is_accepted(checkpoint, tmp_path):
-    folder = Path(shutil.copytree(checkpoint("llama: tied head")[0], tmp_path / "copy"))
+@pytest.fixture
+def tied(checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint("llama: tied head")[0], tmp_path / "copy"))
+
+
+def test_a_head_that_says_the_same_as_the_embedding_stays_tied(tied):
+    expected = ts.load(tied).logits(TOKENS)
+    rewrite(tied, lambda tensors: tensors | {HEAD: tensors[EMBEDDING].clone()})
+    model = ts.load(tied)
+    assert model.config.tied
+    assert torch.equal(model.logits(TOKENS), expected)
+    rewrite(tied, lambda tensors: {n: t for n, t in tensors.items() if n != EMBEDDING})
+    assert torch.equal(ts.load(tied).logits(TOKENS), expected)  # the head alone
+
+
+def test_a_head_of_its_own_is_used_although_config_json_says_tied(tied):
+    head = torch.randn(300, 48, generator=torch.Generator().manual_seed(0))
+    rewrite(tied, lambda tensors: tensors | {HEAD: head})
+    model = ts.load(tied)
+    configure(tied, tie_word_embeddings=False)
+    assert not model.config.tied
+    assert torch.equal(model.logits(TOKENS), ts.load(tied).logits(TOKENS))
+    transformers = pytest.importorskip("transformers")
+    with torch.no_grad():  # what transformers makes of it, once it is told
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tied)(TOKENS).logits
+    torch.testing.assert_close(model.logits(TOKENS), theirs, rtol=2e-4, atol=2e-4)
+
+
+def test_a_bare_model_and_a_head_for_values_are_loaded(tied):
+    expected = ts.load(tied).logits(TOKENS)
+    bare = {"v_head.summary.weight": torch.ones(1, 48)}
+    rewrite(tied, lambda ts: bare | {n.removeprefix("model."): t for n, t in ts.items()})
+    with pytest.warns(UserWarning, match=r"the checkpoint's v_head\.summary\.weight is left out"):
+        assert torch.equal(ts.load(tied).logits(TOKENS), expected)
+
+
+def test_of_two_tensors_by_one_name_the_index_says_which(folder):
     expected = ts.load(folder).logits(TOKENS)
-    head = torch.zeros(300, 48)
-    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": head})
+    for shard in in_shards(folder):
+        save_file({K: torch.zeros(24, 48)} | load_file(shard), shard, {"format": "pt"})
     assert torch.equal(ts.load(folder).logits(TOKENS), expected)
+
+
+def test_a_link_is_followed_wherever_it_leads(folder, tmp_path):
+    """So the Hub's cache is built."""
+    expected = ts.load(folder).logits(TOKENS)
+    moved = (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(moved)
+    assert torch.equal(ts.load(folder).logits(TOKENS), expected)
+    moved.unlink()
+    refused(folder, ValueError, r"model\.safetensors is a link to nothing: delete that folder")
+
+
+def indexed(weight_map):
+    """Weights by an index that says so."""
+
+    def do(folder: Path):
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    return do
+
+
+def stored_as(dtype: torch.dtype):
+    return lambda folder: rewrite(folder, lambda ts: ts | {K: torch.ones(24, 48).to(dtype)})
 
 
 def test_buffers_of_old_checkpoints_are_accepted(folder):
@@ -177,13 +237,49 @@ BAD = {  # what is done to a folder, and the sentence
         lambda folder: rewrite(folder, lambda ts: {name: t.double() for name, t in ts.items()}),
         r"the weights are stored as F64; pass dtype= ",
     ),
+    "a file of the index leads out of the folder": (
+        indexed({K: "../other.safetensors"}),
+        r"index\.json names '\.\./other\.safetensors': not a safetensors file of its folder$",
+    ),
+    "a file of the index lies elsewhere": (
+        indexed({K: "/etc/model.safetensors"}),
+        r"index\.json names '/etc/model\.safetensors': not a safetensors file of its folder$",
+    ),
+    "the index is a list": (indexed([K]), r"weight_map is not a table of files' names"),
+    "the index names a number": (indexed({K: 5}), r"weight_map is not a table of files' names"),
+    "the index promises more": (
+        indexed({"x.weight": "other.safetensors"}),
+        r"index\.json names x\.weight, which its files lack; download it again$",
+    ),
+    "a shard is a folder": (
+        lambda folder: [shard.unlink() or shard.mkdir() for shard in in_shards(folder)[:1]],
+        r"model-00001-of-00003\.safetensors is a folder, not a file",
+    ),
+    "weights are whole numbers": (stored_as(torch.int8), rf"{K} is stored as I8, which no decoder"),
+    "weights are truth values": (stored_as(torch.bool), rf"{K} is stored as BOOL, which no"),
+    "weights are complex": (stored_as(torch.complex64), rf"{K} is stored as C64, which no"),
+    "weights lack their scales": (stored_as(torch.float8_e4m3fn), rf"{K} is stored as F8_E4M3, "),
+    "names come twice": (
+        lambda folder: rewrite(folder, lambda ts: ts | {f"language_model.{K}": ts[K].clone()}),
+        rf"the checkpoint has {K} twice, with and without a prefix$",
+    ),
+    "the header is longer than any": (
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            (20 << 20).to_bytes(8, "little") + b"{" + b" " * (20 << 20)
+        ),
+        r"has a header of more than 16 MB: it is no checkpoint's$",
+    ),
+    "a name would be printed": (
+        lambda folder: rewrite(folder, lambda ts: ts | {"a\x1b[2J\nb" * 99: torch.ones(2)}),
+        r"the checkpoint has unknown model\.a\\x1b\[2J\\nb|has unknown a\\x1b\[2J\\nb",
+    ),
     "config.json lacks a setting": (
         lambda folder: without(folder, "num_attention_heads"),
-        r"^config\.json has no 'num_attention_heads'$",
+        r"config\.json: there is no 'num_attention_heads'$",
     ),
     "there is no model_type": (
         lambda folder: without(folder, "model_type"),
-        r"^model_type None is not supported; those that are: llama, ",
+        r"config\.json: model_type None is not supported; those that are: llama, ",
     ),
 }
 ABSENT = {
@@ -201,6 +297,21 @@ ABSENT = {
         lambda folder: (folder / "model.safetensors").unlink(),
         r"no model\.safetensors: convert the checkpoint to safetensors",
     ),
+    "it is an adapter": (
+        lambda folder: (
+            (folder / "config.json").rename(folder / "adapter_config.json")
+            and configure(folder, "adapter_config.json", base_model_name_or_path="owner/base")
+        ),
+        r"copy is a LoRA adapter of 'owner/base', not a model: merge it into that \(peft: merge_",
+    ),
+    "it is for llama.cpp": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-q4.gguf"),
+        r"no model\.safetensors: model-q4\.gguf is GGUF, for llama\.cpp; take the repository that",
+    ),
+    "it is as its maker has it": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
+        r"consolidated\.safetensors is its maker's own layout; take model\.safetensors from the",
+    ),
     "there is no config.json": (
         lambda folder: (folder / "config.json").unlink(),
         r"copy has no config\.json: it is not a model's folder",
@@ -214,22 +325,22 @@ SETTINGS = {  # a sentence, and what config.json says then
     r"lacks model\.layers\.4\.\S+, \S+, \S+ and 15 more; is it complete": {"num_hidden_layers": 6},
     r"does not fit its config\.json: model\.embed_tokens\.weight is \[300, 48\], not "
     r"\[301, 48\], lm_head\.weight is": {"vocab_size": 301},
-    r"^model_type 'mamba' is not supported; those that are: "
+    r"config\.json: model_type 'mamba' is not supported; those that are: "
     "llama, mistral, phi3, gemma, gemma2, gemma3_text, gemma3$": {"model_type": "mamba"},
-    r"^rope type 'yarn' is not supported; those that are: default, linear, llama3, longrope$": {
+    r"config\.json: rope type 'yarn' is not supported; those that are: default, linear, llama3, ": {
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0}
     },
-    r"^LongRoPE has 2 factors for 6 pairs of dimensions$": {
+    r"config\.json: LongRoPE has 2 factors for 6 pairs of dimensions$": {
         "rope_parameters": {"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2]}
     },
-    r"^hidden_act 'relu2' is not supported; those that are: silu, gelu, gelu_pytorch_tanh$": {
+    r"config\.json: hidden_act 'relu2' is not supported; those that are: silu, gelu, gelu_py": {
         "hidden_act": "relu2"
     },
-    r"^hidden_act 'relu3' is not supported; those": {"hidden_activation": "relu3"},
-    r"^this checkpoint is quantized; load the original, unquantized one$": {
+    r"config\.json: hidden_act 'relu3' is not supported; those": {"hidden_activation": "relu3"},
+    r"config\.json: this checkpoint is quantized; load the original, unquantized one$": {
         "quantization_config": {"quant_method": "gptq"}
     },
-    r"^this model attends in both directions: it does not generate text$": {
+    r"config\.json: this model attends in both directions: it does not generate text$": {
         "use_bidirectional_attention": True
     },
 }
@@ -238,7 +349,10 @@ FILES = {  # a file and what it holds, or how many bytes of it are left: the sen
     ("model.safetensors", 50_000): CUT,  # in its weights
     ("model.safetensors", 100): CUT,  # in its header
     ("model.safetensors", b""): CUT,
-    ("model.safetensors", b"version https://git-lfs.git"): CUT,
+    (
+        "model.safetensors",
+        b"version https://git-lfs.git",
+    ): r"safetensors is a pointer of Git LFS, .*: run `git lfs pull`",
     ("config.json", b"{"): r"copy.config\.json is not valid JSON: ",
     ("config.json", b"\xff\xfe\x00"): r"copy.config\.json is not valid JSON: ",
     ("config.json", b"[]"): r"copy.config\.json holds a list, not a JSON object$",

@@ -80,6 +80,7 @@ def full(family: str) -> dict:
     config_class = CONFIG_CLASSES[family]
     tied = not config_class().tie_word_embeddings
     settings = SIZES | {"num_hidden_layers": 7, "tie_word_embeddings": tied}
+    settings |= {"hidden_size": 192, "num_attention_heads": 16}  # Gemma has 16 for keys, left out
     known = config_class().to_dict().keys()
     settings |= {k: v for k, v in more.items() if k in known}
     return config_class(**settings, rope_parameters=rope.get(family, theta)).to_dict()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinysteer.loading.settings import check_settings
 from tinysteer.model.config import Config, Layer
 from tinysteer.model.rope import Rope
 
@@ -123,13 +124,15 @@ ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 def read_config(config: dict[str, Any]) -> Config:
     """A config.json, as transformers wrote it before or since version 5 -> our Config.
 
-    ValueError for a model_type that is not in FAMILIES and for settings that the decoder does
-    not know, each named.
+    ValueError for a model_type that is not in FAMILIES, for settings that the decoder does not
+    know or that are not of their kind, and for those that do not go together, each named.
     """
+    check_settings(config)
     model_type = config.get("model_type")
     if model_type in MULTIMODAL:
         whole = {k: config[k] for k in WHOLE if k in config}
         config = (config.get("text_config") or {}) | whole
+        check_settings(config)
         model_type = MULTIMODAL[model_type]
     if model_type not in FAMILIES:
         raise unsupported("model_type", model_type, [*FAMILIES, *MULTIMODAL])
@@ -140,7 +143,7 @@ def read_config(config: dict[str, Any]) -> Config:
     try:
         return build(model_type, FAMILIES[model_type], FAMILIES[model_type].defaults | config)
     except KeyError as key:
-        raise ValueError(f"config.json has no {key}") from None
+        raise ValueError(f"there is no {key}") from None
 
 
 def unsupported(name: str, value: Any, known: Iterable[str]) -> ValueError:
@@ -152,12 +155,19 @@ def build(model_type: str, family: Family, c: dict[str, Any]) -> Config:
     activation = c.get("hidden_activation") or c.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise unsupported("hidden_act", activation, ACTIVATIONS)
-    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    dim, n_heads = c["hidden_size"], c["num_attention_heads"]
+    n_kv_heads, head_dim = c.get(KV_HEADS) or n_heads, c.get("head_dim") or dim // n_heads
+    if n_heads % n_kv_heads:
+        raise ValueError(
+            f"num_attention_heads {n_heads} is not a multiple of {KV_HEADS} {n_kv_heads}"
+        )
+    if not c.get("head_dim") and dim % n_heads:
+        raise ValueError(f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}")
     fields = {
         "vocab_size": c["vocab_size"],
-        "dim": c["hidden_size"],
-        "n_heads": c["num_attention_heads"],
-        "n_kv_heads": c.get(KV_HEADS) or c["num_attention_heads"],
+        "dim": dim,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
         "head_dim": head_dim,
         "hidden_dim": c["intermediate_size"],
         "norm_eps": c[EPS],
@@ -205,8 +215,13 @@ def read_rope(c: dict, head_dim: int, kind: str) -> Rope:
     if scheme not in SETTINGS:
         raise unsupported("rope type", scheme, SETTINGS)
     partial = r.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
+    dim = int(head_dim * partial)
+    if dim < 2 or dim % 2:
+        raise ValueError(
+            f"{partial:g} of a head's {head_dim} dimensions are {dim}: rope needs pairs"
+        )
     return Rope(
-        dim=int(head_dim * partial),
+        dim=dim,
         theta=float(r.get("rope_theta") or theta or 10_000.0),
         scheme=scheme,
         **SETTINGS[scheme](r, c),
@@ -214,6 +229,8 @@ def read_rope(c: dict, head_dim: int, kind: str) -> Rope:
 
 
 def llama3_settings(r: dict, c: dict) -> dict[str, Any]:
+    if r["low_freq_factor"] >= r["high_freq_factor"]:
+        raise ValueError("low_freq_factor must be below high_freq_factor")
     return {
         "factor": float(r["factor"]),
         "low_freq_factor": float(r["low_freq_factor"]),
