@@ -336,3 +336,47 @@ def test_a_folder_has_no_revisions():
 def test_a_path_that_is_not_there_is_not_sought_on_the_hub(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere, and it is no Hug"):
         ts.load(tmp_path / "nowhere")
+
+
+def test_shards_of_any_name_are_fetched_by_their_index(tmp_path, monkeypatch):
+    asked = []
+
+    def download(*_, allow_patterns, **__):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    for name in (*WHOLE[:2], "b.safetensors", "part/a.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    index = {"weight_map": {"x": "part/a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch("tiny/model") == tmp_path
+    assert "model.safetensors.index.json" in asked[0]
+    assert asked[1:] == [["b.safetensors", "part/a.safetensors"]]
+
+
+NO_MODEL = {
+    "a model is a folder, a Hub id or one of .*, not None": (None, None),
+    "a model is a folder, a Hub id or one of .*, not ''": ("", None),
+    "a model is a folder, a Hub id or one of .*, not 5": (5, None),
+    "revision is ''; it must be a branch, tag or commit": ("owner/name", ""),
+    "revision is 3; it must be a branch": ("owner/name", 3),
+    r"config\.json is a file: give the folder that holds it": (
+        ASSETS / "tiny-base/config.json",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", NO_MODEL)
+def test_what_is_handed_in_as_a_model_and_is_not_one_is_refused(sentence):
+    source, revision = NO_MODEL[sentence]
+    with pytest.raises(ValueError, match=sentence):
+        ts.load(source, revision=revision)
+
+
+def test_a_package_in_a_zip_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("tinysteer.loading.hub.ASSETS", tmp_path / "tinysteer.zip/assets")
+    with pytest.raises(FileNotFoundError, match="is not there: install the package unzipped"):
+        ts.load()

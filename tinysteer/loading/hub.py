@@ -2,13 +2,14 @@
 published there.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# All that a model needs. Not "*.safetensors": some repositories hold their weights twice.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+from tinysteer.loading.checkpoint import read_index
+
+# All that a model needs; the index names more. Not "*.safetensors": some hold weights twice.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TEXT = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,8 +27,12 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
 
     Downloads what is missing from the Hub's cache, with progress bars; without a network the
     cache alone serves. A token in HF_TOKEN, or saved by `hf auth login`, is used. Errors say
-    what to do: FileNotFoundError, PermissionError, ConnectionError.
+    what to do: ValueError, FileNotFoundError, PermissionError, ConnectionError.
     """
+    if not isinstance(source, str | Path) or not str(source):
+        raise ValueError(f"a model is a folder, a Hub id or one of {EMBEDDED}, not {source!r:.60}")
+    if revision is not None and not (isinstance(revision, str) and revision):
+        raise ValueError(f"revision is {revision!r:.60}; it must be a branch, tag or commit")
     embedded = is_embedded(source)
     folder = ASSETS / source if embedded else Path(source).expanduser()
     if folder.is_dir():
@@ -35,12 +40,18 @@ def fetch(source: str | Path, revision: str | None = None, weights: bool = True)
             kind = "comes with the package" if embedded else "is a folder"
             raise ValueError(f"revision={revision!r} is for Hub ids; {source} {kind}")
         return folder
+    if embedded:
+        raise FileNotFoundError(f"{folder} is not there: install the package unzipped, by pip")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds it and its config.json")
     from huggingface_hub import HfApi, snapshot_download  # 0.2 s that a folder need not pay
 
     nowhere = f"there is no folder {source}, and "
-    patterns = [*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:2])]
+    patterns = [*CONFIG, *TEXT, *(WEIGHTS if weights else WEIGHTS[1:])]
     with sentences(source, revision, nowhere):
         path = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        if weights and (files := shards(path)):
+            snapshot_download(str(source), revision=revision, allow_patterns=files)
     if absent := lacking(path, weights):
         # Without a Hub a cached half passes for all: this raises if there is none.
         with sentences(source, revision, nowhere, f" (it lacks {', '.join(absent)})"):
@@ -77,8 +88,9 @@ def sentences(
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub") from None
     except (OSError, errors.HTTPError) as error:  # the latter is the HTTP client's own
+        at = f" at {revision!r:.60}" if revision else ""
         unreachable = (
-            f"{nowhere}the Hub's cache here does not hold all of {source}{lacks}, and the Hub "
+            f"{nowhere}the Hub's cache here does not hold all of {source}{at}{lacks}, and the Hub "
             "cannot be reached: connect, or pass the folder of a model"
         )
         raise what_failed(error, source, unreachable) from None
@@ -87,12 +99,16 @@ def sentences(
 def lacking(folder: Path, weights: bool) -> list[str]:
     """The files that every model has and `folder` has not; shards are those its index names."""
     needed = ["config.json", "tokenizer.json"]
-    single, index = (folder / file for file in WEIGHTS[:2])
-    if weights and not single.exists():
-        text = index.read_text("utf-8", "replace") if index.exists() else ""
-        shards = {*re.findall(r'"(model-[^"/]*-of-[^"/]*\.safetensors)"', text)}
-        needed += sorted(shards) or [single.name]
+    if weights:
+        needed += shards(folder) or [WEIGHTS[0]]
     return [file for file in needed if not (folder / file).exists()]
+
+
+def shards(folder: Path) -> list[str]:
+    """The files of weights that an index names, none where one file holds all. ValueError."""
+    single, index = (folder / file for file in WEIGHTS)
+    whole = single.exists() or not index.exists()
+    return [] if whole else sorted({*read_index(index).values()})
 
 
 def is_embedded(source: str | Path) -> bool:

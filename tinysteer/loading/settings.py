@@ -29,9 +29,9 @@ def is_real(value: Any, most: float) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 < value <= most
 
 
-def many(one: Kind) -> Kind:
+def many(one: Kind, null: bool = False) -> Kind:
     fits = lambda v: isinstance(v, list) and len(v) <= MOST and all(map(one.fits, v))  # noqa: E731
-    return Kind(f"a list, each entry {one.words}", fits, null=True)
+    return Kind(f"a list, each entry {one.words}", fits, null)
 
 
 MOST = 1000  # layers, and what there is one of for each
@@ -56,7 +56,7 @@ SETTINGS = {
     "sliding_window": whole(LENGTH, null=True),
     "sliding_window_pattern": whole(MOST, null=True),
     "_sliding_window_pattern": whole(MOST, null=True),
-    "layer_types": many(TEXT),
+    "layer_types": many(TEXT, null=True),
     "tie_word_embeddings": SWITCH,
     "attention_bias": SWITCH,
     "mlp_bias": SWITCH,
