@@ -306,3 +306,15 @@ def test_norms_of_heads_can_be_trained_while_compiled():
         (way(qkv) ** 2).sum().backward()
         grads.append(weight.grad)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(("activation", "width"), [("relu", 8), ("silu", 7), (None, 8)])
+def test_an_activation_or_a_width_that_gated_lacks_is_refused(activation, width):
+    with pytest.raises(ValueError, match=r"gated takes silu, gelu, .* an even width, not"):
+        gated(torch.ones(1, 2, width), activation)
+
+
+def test_an_empty_bank_moves_nothing():
+    x = torch.randn(2, 3, 8)
+    tables = compile_moves(torch.empty(0, 8), [[], []], capacity=2)
+    assert torch.equal(steer(x.clone(), torch.empty(0, 8), tables), x)

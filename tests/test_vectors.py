@@ -9,7 +9,7 @@ from oracle import vector_for
 from safetensors.torch import load_file, save_file
 
 import tinysteer as ts
-from tinysteer.steering.vectors import TENSORS
+from tinysteer.steering.vectors import FORMAT, TENSORS
 
 
 @pytest.fixture
@@ -233,6 +233,35 @@ def test_a_layer_where_nothing_differs_has_no_direction():
     same = means.clone()
     same[0] += 1
     vector = ts.SteeringVector._from_means(same, means)
-    with pytest.raises(ValueError, match=r"layer 1: .* equal there"):
+    with pytest.raises(ValueError, match="layer 1 has no direction"):
         vector.at(1)
     assert vector.at(0).norm == pytest.approx(8**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_vector_of_other_numbers_is_refused(dtype, a, tmp_path):
+    tensors = {name: getattr(a, name) for name in TENSORS} | {"norms": torch.ones(4).to(dtype)}
+    with pytest.raises(ValueError, match="norms is of torch"):
+        ts.SteeringVector(**tensors)
+    about = {"format": FORMAT}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "v", about)
+    with pytest.raises(ValueError, match=r"v: norms is of torch\..*, not of float32 or the like"):
+        ts.SteeringVector.load(tmp_path / "v")
+
+
+def test_a_vector_without_layers_or_with_a_norm_along_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"directions is \[0, 4\], not \[n_layers, D\]"):
+        ts.SteeringVector(torch.zeros(0, 4), *(torch.zeros(0) for _ in range(3)))
+    with pytest.raises(ValueError, match="unit length, or 0 where the norm is 0"):
+        ts.SteeringVector(torch.zeros(2, 4), torch.tensor([0.0, 1.0]), *torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("layer", [4.0, "4", True, None, 2.5])
+def test_a_layer_that_is_not_a_whole_number_is_refused(layer, a):
+    with pytest.raises(ValueError, match="a layer is a whole number"):
+        a.at(layer)
+
+
+def test_a_number_that_no_norm_could_hold_is_refused(a):
+    with pytest.raises(ValueError, match="finite numbers up to 1e15, not 1e"):
+        a.at(1).add(weight=1e30)

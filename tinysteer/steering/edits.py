@@ -5,6 +5,7 @@ A list of edits is what `steer=` takes. Layer L is the residual stream after blo
 """
 
 import numbers
+import operator
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ WINDOWS = {"all": (None, None), "prompt": (None, 0), "last": (0, 1), "generation
 Where = str | tuple[int | None, int | None]
 Number = float | None  # None: what the vector itself has
 NUMBERS = "times, weight, alpha and target"
+LARGEST = 1e15  # a larger one's square, summed in a norm, is beyond float32
 FAINT = 0.1  # of a vector's norm: an addition of less is hardly meant
 
 
@@ -52,10 +54,9 @@ class Edit:
     origin: Origin | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        largest = torch.finfo(torch.float32).max
         for value in (self.move.bias, self.move.slope):
-            if not abs(value) <= largest:
-                raise ValueError(f"{NUMBERS} must be finite numbers, not {value!r}")
+            if not abs(value) <= LARGEST:
+                raise ValueError(f"{NUMBERS} must be finite numbers up to 1e15, not {value!r}")
         if not self.direction.isfinite().all():
             raise ValueError("the direction has NaN or infinite values")
 
@@ -116,6 +117,16 @@ def number(value: float) -> float:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{NUMBERS} must be finite numbers, not {value!r:.40}")
+
+
+def layer_of(layer: int, n_layers: int) -> int:
+    """A layer counted from 0; a negative one counts from the last. ValueError for what is none."""
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise ValueError(f"layer {layer!r:.40}: a layer is a whole number")
+    layer = operator.index(layer)
+    if not -n_layers <= layer < n_layers:
+        raise ValueError(f"layer {layer}: this vector has layers 0 to {n_layers - 1}")
+    return layer % n_layers
 
 
 def unit(directions: Tensor) -> Tensor:

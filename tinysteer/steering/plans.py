@@ -16,9 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tinysteer.steering.edits import WINDOWS, Edit, window
+from tinysteer.steering.edits import LARGEST, WINDOWS, Edit, window
 from tinysteer.steering.vectors import SteeringVector
 from tinysteer.text.files import read_object
 
@@ -129,6 +127,5 @@ def is_span(value: Any) -> bool:
 
 
 def is_number(value: Any, kind: Any = Real) -> bool:
-    """Of that kind, finite in float32, and not a truth value, which Python takes for a number."""
-    largest = torch.finfo(torch.float32).max
-    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= largest
+    """Of that kind, not too large, and not a truth value, which Python takes for a number."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) <= LARGEST

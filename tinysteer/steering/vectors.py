@@ -4,7 +4,6 @@
 """
 
 import numbers
-import operator
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from tinysteer.loading.hub import pull, push
 from tinysteer.steering import hub_card
-from tinysteer.steering.edits import Direction, Directions, Origin, unit
+from tinysteer.steering.edits import Direction, Directions, Origin, layer_of, unit
 from tinysteer.text.files import read_tensors, write_tensors
 from tinysteer.text.tokenizer import Prompt
 
 TENSORS = ("directions", "norms", "targets", "baselines")
+NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HUB_FILE = "vector.safetensors"
 FORMAT = "tinysteer-vector-1"
 CONVENTION = "layer L is the residual stream after block L, counted from 0"
@@ -47,17 +47,19 @@ class SteeringVector:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.directions.ndim != 2:
+        if self.directions.ndim != 2 or not self.directions.numel():
             raise ValueError(f"directions is {list(self.directions.shape)}, not [n_layers, D]")
         for name in TENSORS:
             tensor = getattr(self, name)
             if tensor.shape[:1] != (self.n_layers,) or tensor.ndim > 1 + (name == "directions"):
                 raise ValueError(f"{name} is {list(tensor.shape)} for {self.n_layers} layers")
+            if tensor.dtype not in NUMBERS:
+                raise ValueError(f"{name} is of {tensor.dtype}, not of float32 or the like")
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinite values")
         lengths = self.directions.float().norm(dim=-1)
-        if not ((lengths == 0) | ((lengths - 1).abs() < 1e-3)).all():
-            raise ValueError("directions must have unit length: their own length goes into norms")
+        if not torch.where(lengths == 0, self.norms == 0, (lengths - 1).abs() < 1e-3).all():
+            raise ValueError("directions must have unit length, or 0 where the norm is 0")
 
     @classmethod
     def from_directions(
@@ -77,8 +79,9 @@ class SteeringVector:
         blank = torch.zeros(*widths.pop(), device="cpu")
         rows = [directions.get(layer, blank).detach().cpu() for layer in range(n_layers)]
         difference = torch.stack([row.double() for row in rows])
-        metadata = {"name": name} if name else {}
-        return cls._from_means(difference, torch.zeros_like(difference), metadata)
+        return cls._from_means(
+            difference, torch.zeros_like(difference), {"name": name} if name else {}
+        )
 
     def measured_on(
         self, model: Any, prompts: Sequence[Prompt], without: Sequence[Prompt], *, chat: bool = True
@@ -233,14 +236,10 @@ class SteeringVector:
             if not layer:
                 raise ValueError("at takes a layer, or several: there are none")
             return Directions(self.at(one) for one in layer)
-        layer = operator.index(layer)
-        if not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(f"layer {layer}: this vector has layers 0 to {self.n_layers - 1}")
-        layer %= self.n_layers
+        layer = layer_of(layer, self.n_layers)
         if self.norms[layer] == 0:
             raise ValueError(
-                f"layer {layer}: the states with and without the instruction are equal there, "
-                "so it has no direction"
+                f"layer {layer} has no direction: states with and without it are equal"
             )
         norm, target, baseline = (float(getattr(self, name)[layer]) for name in TENSORS[1:])
         return Direction(layer, self.directions[layer], norm, target, baseline, self.origin)
@@ -258,7 +257,8 @@ class SteeringVector:
             if metadata.pop("format", None) != FORMAT or not tensors.keys() >= {*TENSORS}:
                 raise ValueError(f"it is not a tinysteer vector (no format {FORMAT})")
             metadata.pop("layers", None)
-            return cls(**{name: tensors[name].float() for name in TENSORS}, metadata=metadata)
+            own = {k: t.float() if t.dtype in NUMBERS else t for k, t in tensors.items()}
+            return cls(**{name: own[name] for name in TENSORS}, metadata=metadata)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -1,6 +1,5 @@
-"""The op `gated`: activation(gate) * up, the middle of a gated MLP, in one launch.
-
-In 16 bits it reads 4 bytes and writes 2 for each of the MLP's hidden dimensions.
+"""The op `gated`: activation(gate) * up, the middle of a gated MLP, in one launch: in 16 bits it
+reads 4 bytes and writes 2 for each of the MLP's hidden dimensions.
 """
 
 from functools import partial
@@ -44,8 +43,11 @@ def gated_kernel(x_ptr, y_ptr, N: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK:
 def gated(gate_up: Tensor, activation: str) -> Tensor:
     """gate_up (B, T, 2N), gates before what they let through -> (B, T, N).
 
-    activation: "silu", "gelu" or "gelu_tanh". Rounds the activation, then the product.
+    activation: a key of ACTIVATIONS, rounded before the product. ValueError for others, odd widths.
     """
+    if activation not in ACTIVATIONS or gate_up.shape[-1] % 2:
+        seen = f"{activation!r:.40} and {tuple(gate_up.shape)}"
+        raise ValueError(f"gated takes {', '.join(ACTIVATIONS)} and an even width, not {seen}")
     return (gated_op if traced(gate_up) else gated_run)(gate_up, activation)
 
 
@@ -62,7 +64,6 @@ gated_op = op("gated", lambda x, _: x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 def gated_launch(gate_up: Tensor, activation: str) -> Tensor:
     """Run the kernel: one program for BLOCK dimensions of a position."""
-    assert activation in ACTIVATIONS, activation
     N = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], N)
     grid = (y.numel() // N * triton.cdiv(N, BLOCK),)
