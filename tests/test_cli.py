@@ -123,7 +123,7 @@ def test_threads_are_those_asked_for_or_one_for_a_small_model(monkeypatch, folde
     used = []
     monkeypatch.setattr("torch.set_num_threads", used.append)
     monkeypatch.setattr("tinysteer.demo.show.measure", lambda say: None)
-    runs = f"generate -m {folder} x --max-new-tokens 1", "reproduce lens --source tiny-base", "demo"
+    runs = f"generate -m {folder} x --max-new-tokens 1", "reproduce lens --layer 99", "demo"
     for command in map(str.split, runs):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         main(command)

@@ -235,7 +235,7 @@ def llama3_settings(r: dict, c: dict) -> dict[str, Any]:
         "factor": float(r["factor"]),
         "low_freq_factor": float(r["low_freq_factor"]),
         "high_freq_factor": float(r["high_freq_factor"]),
-        "original_length": r.get(ORIGINAL, c[CONTEXT]),
+        "original_length": r.get(ORIGINAL) or c[CONTEXT],
     }
 
 
