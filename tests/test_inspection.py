@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 from dispatch import Tape
+from oracle import vector_for
 from torch.profiler import ProfilerActivity, profile
 
 import tinysteer as ts
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.decoding.step import Batch, Decoding, Means
-from tinysteer.inspection import footprint, inspect_model
+from tinysteer.inspection import footprint, inspect_file, inspect_model
 from tinysteer.loading.hub import ASSETS
 from tinysteer.model.decoder import Decoder
 
@@ -81,3 +82,16 @@ def test_a_model_of_the_paper_shows_what_the_paper_used(tmp_path):
     assert re.search(r"^  change_case:english_capital +28 / 22$", said, re.MULTILINE)
     assert re.search(r"^  exclude +28, -100.0$", said, re.MULTILINE)
     assert "paper" not in inspect_model("tiny-instruct", None)
+
+
+def test_a_file_cannot_write_lines_of_its_own_into_a_terminal_or_a_card(tmp_path, model):
+    about = {"name": "<b>x</b>|\n", "note": "fine\n  layers: 99\x1b[2J", "k\ney": "long " * 999}
+    vector = dataclasses.replace(vector_for(model), metadata=about)
+    vector.save(tmp_path / "v.safetensors")
+    shown = inspect_file(str(tmp_path / "v.safetensors"))
+    assert r"note: fine\n  layers: 99\x1b[2J" in shown
+    assert shown.replace("\n", "").isprintable()
+    assert len(shown) < 4000
+    card = vector.card("me/terse")
+    assert "<b>" not in card
+    assert "| note | fine layers: 99\\x1b[2J |" in card

@@ -14,6 +14,7 @@ from tinysteer.model.config import Config
 from tinysteer.model.decoder import CHUNK, Decoder
 from tinysteer.steering.batch import DIRECTIONS, EDITS
 from tinysteer.steering.vectors import SteeringVector
+from tinysteer.text.files import printable
 from tinysteer.text.tokenizer import Tokenizer
 
 SAMPLING = {"greedy": 0, "whole": 16, "cut": 32}  # bytes for each token of the vocabulary
@@ -22,7 +23,8 @@ SAMPLING = {"greedy": 0, "whole": 16, "cut": 32}  # bytes for each token of the 
 def inspect_file(path: str) -> str:
     vector = SteeringVector.load(path)
     lines = [f"{path}: steering vector, {vector.n_layers} layers of width {vector.dim}"]
-    lines += [f"  {name}: {value}" for name, value in sorted(vector.metadata.items())]
+    about = sorted(vector.metadata.items())
+    lines += [f"  {printable(name)}: {printable(value, 2000)}" for name, value in about]
     lines += ["", "  layer      norm    target  baseline"]
     for layer in range(vector.n_layers):
         row = (float(t[layer]) for t in (vector.norms, vector.targets, vector.baselines))
@@ -37,7 +39,7 @@ def inspect_model(source: str, revision: str | None) -> str:
     n = n_parameters(c)
     cached = 2 * c.n_layers * c.n_kv_heads * c.head_dim  # numbers a token leaves in the cache
     windows = [layer.window for layer in c.layers]
-    name = tokenizer.vocabulary.id_to_token
+    name = lambda i: printable(tokenizer.vocabulary.id_to_token(i) or i)  # noqa: E731
     rows = {
         "family": c.family,
         "layers": f"{c.n_layers} (0 to {c.n_layers - 1}), width {c.dim}, MLP {c.hidden_dim}",
@@ -51,7 +53,7 @@ def inspect_model(source: str, revision: str | None) -> str:
         f"{4 * cached / 1024:,.0f} in float32",
         "prompts": "chat template" if tokenizer.template else "no chat template: Q: ... A:",
         "BOS": name(tokenizer.bos_id) if tokenizer.adds_bos else "none added",
-        "stops at": ", ".join(name(i) or str(i) for i in sorted(tokenizer.stop_ids)) or "nothing",
+        "stops at": ", ".join(map(name, sorted(tokenizer.stop_ids))) or "nothing",
     }
     lines = [f"{source}: model"] + [f"  {key}: {value}" for key, value in rows.items()]
     return "\n".join([*lines, *described(source), "", *memory_table(c)])

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tinysteer.loading.families import FAMILIES, IGNORED, TEXT_PREFIX, read_config
 from tinysteer.model.config import Config
 from tinysteer.model.decoder import Decoder, Stacked
-from tinysteer.text.files import read_json
+from tinysteer.text.files import printable, read_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -275,8 +275,6 @@ def load_decoder(
 
 
 def shorten(names: list[str], most: int = 3) -> str:
-    """The first few names, as they can be printed, and how many more there are."""
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" * (len(names) > most)
-    return (
-        ", ".join(f"{name:.100}".encode("unicode_escape").decode() for name in names[:most]) + more
-    )
+    return ", ".join(printable(name, 100) for name in names[:most]) + more

@@ -1,9 +1,11 @@
 """The card of a vector on the Hugging Face Hub: its README.md, which says what it is."""
 
+import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from tinysteer.loading.hub import ASSETS
+from tinysteer.text.files import printable
 
 
 def card(repo: str, metadata: Mapping[str, str], dim: int, rows: Iterable[Sequence[float]]) -> str:
@@ -18,18 +20,18 @@ def card(repo: str, metadata: Mapping[str, str], dim: int, rows: Iterable[Sequen
         .format(
             base_model=f"base_model: {json.dumps(model)}\n" if on_hub else "",
             title=cell(metadata.get("name") or metadata.get("formula", "")) or repo.split("/")[-1],
-            model=f"`{model}`" if model else "a language model",
+            model=f"`{cell(model)}`" if model else "a language model",
             source=json.dumps(model or "..."),
             repo=repo,
             layer=len(layers) // 2,
             n_layers=len(layers),
             dim=dim,
-            provenance="\n".join(f"| {key} | {cell(value)} |" for key, value in facts),
+            provenance="\n".join(f"| {cell(key)} | {cell(value)} |" for key, value in facts),
             layers="\n".join(layers),
         )
     )
 
 
 def cell(text: str) -> str:
-    """Text that may stand in a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text that may stand in a Markdown table, where HTML is shown as it is written."""
+    return html.escape(printable(" ".join(text.split()), 2000), quote=False).replace("|", "\\|")

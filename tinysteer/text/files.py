@@ -28,6 +28,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path.read_bytes(), str(path)) if path.exists() else {}
 
 
+def printable(text: object, most: int = 200) -> str:
+    """A file's own words for a terminal: no line breaks, no escape sequences, and not too many."""
+    words = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[: most + 1])
+    return words if len(words) <= most else words[:most] + "..."
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each object of a JSONL file behind its place, "FILE, line N"; empty lines are passed over.
 
