@@ -129,9 +129,9 @@ def test_options_out_of_range_are_refused_by_name(message, model):
         complete(model, **REFUSED[message])
 
 
-def test_a_base_model_does_not_ask_itself_the_next_question(model):
+def test_a_base_model_does_not_ask_itself_the_next_question(model, monkeypatch):
     whole = model.complete(["short"], max_new_tokens=16)[0]
-    model.tokenizer.stop_strings = (whole[3],)
+    monkeypatch.setattr(type(model.tokenizer), "stop_strings", (whole[3],))
     assert model.complete(["short"], max_new_tokens=16)[0] == whole[: whole.index(whole[3])]
     text = model.tokenizer.format("short")
     assert complete(model, [text])[0] == whole  # as it is: nothing is added, nothing cut

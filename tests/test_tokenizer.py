@@ -115,7 +115,7 @@ def test_a_string_is_the_message_of_a_user():
 
 
 def test_what_a_template_refuses_is_said():
-    refused = [{"role": "assistant", "content": "I begin"}]
+    refused = [{"role": "user", "content": "One?"}, {"role": "user", "content": "Two?"}]
     with pytest.raises(ValueError, match=r"template failed: roles must alternate$"):
         chatting(TEMPLATES["a system message taken out"]).format(refused)
 
@@ -137,12 +137,17 @@ def test_a_base_model_is_asked_in_plain_text():
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0].content }}", TEMPLATES["turns"]])
-def test_there_is_exactly_one_bos(template):
+def test_a_template_says_itself_where_a_bos_stands(template):
     ours = chatting(template, adds_bos=True)
     ids = ours.chat("Hi")
-    assert ids[0] == 1
-    assert 1 not in ids[1:]
+    assert ids.count(1) == (template != "{{ messages[0].content }}")
     assert ours.decode(ids) == ours.format("Hi").replace("<s>", "").replace("</s>", "")
+    if template:
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), **SPECIAL)
+        theirs.chat_template = template
+        asked = [{"role": "user", "content": "Hi"}]
+        assert ids == theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
 
 
 def test_there_is_exactly_one_bos_however_many_are_given():

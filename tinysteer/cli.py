@@ -24,12 +24,14 @@ from tinysteer.specs import (
     GRAMMAR,
     PLACE_FORM,
     asked,
+    form_of,
     parse_read,
     parse_steer,
     read_pairs,
     read_prompts,
     read_specs,
 )
+from tinysteer.text.messages import STRANGERS
 from tinysteer.text.streaming import Answer
 from tinysteer.version import VERSION
 
@@ -111,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--revision", help="a branch, tag or commit on the Hub")
     command.add_threads(model)
     model.add_argument("--raw", action="store_true", help="take prompts as they are, no template")
+    model.add_argument(
+        "--special-tokens",
+        choices=STRANGERS,
+        default=STRANGERS[0],
+        help="where a prompt holds special tokens (warn)",
+    )
 
     steered = argparse.ArgumentParser(add_help=False)
     steered.add_argument(
@@ -125,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"a plan.json, or {FORM}, see below; repeat for several edits, in order",
     )
     steered.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
+    steered.add_argument("--continue-final", metavar="TEXT", help="how each answer begins")
 
     one = commands.add_parser(
         "demo", help="steer the embedded model: a text and a table, in half a minute"
@@ -147,6 +156,11 @@ def parser() -> argparse.ArgumentParser:
         "--name", default="", help="what to call the vector (default: the file's name)"
     )
     one.add_argument("--batch-size", type=int, default=16, help="prompts run together (16)")
+    one.add_argument(
+        "--continue-final",
+        action="store_true",
+        help="the pairs' conversations end in answers begun",
+    )
     one.set_defaults(run=run_extract)
 
     both = {"parents": [model, steered], "epilog": GRAMMAR, "formatter_class": top.formatter_class}
@@ -211,8 +225,8 @@ def run_extract(options: argparse.Namespace) -> None:
         without,
         method=options.method,
         name=options.name or output.stem,
-        chat=not options.raw,
         batch_size=options.batch_size,
+        **form_of(options),
     )
     vector.save(options.output)
     print(f"{options.output}: {vector}")
@@ -221,7 +235,7 @@ def run_extract(options: argparse.Namespace) -> None:
 def run_generate(options: argparse.Namespace) -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
     settings = {name: getattr(options, name) for name in (*names, "batch_size")}
-    settings["chat"] = not options.raw
+    settings |= form_of(options)
     settled(settings)  # refuses what is out of range before anything is loaded, as below
     per_prompt("seed", options.seed, 1)
     if options.compare and options.stream:
@@ -229,7 +243,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.compare and not options.steer:
         raise ValueError("--compare needs --steer: without edits both answers are the same")
     prompts, steer = read_prompts(options), read_specs(options.steer, options)
-    model, questions = load_model(options), asked(prompts, options.system)
+    model, questions = load_model(options), asked(prompts, options.system, options.continue_final)
     heading = "\n> {}\n" if len(prompts) > 1 else ""
     if options.stream:
         for prompt, question in zip(prompts, questions, strict=True):
@@ -263,8 +277,9 @@ def as_text(answers: dict[str, Answer]) -> str:
 def run_explain(options: argparse.Namespace) -> None:
     prompts = read_prompts(options)
     steer, read = (read_specs(specs, options) for specs in (options.steer, options.read))
-    settings = {"max_new_tokens": options.max_new_tokens, "chat": not options.raw, "read": read}
-    rows = load_model(options).explain(asked(prompts, options.system), steer, **settings)
+    settings = {"max_new_tokens": options.max_new_tokens, "read": read, **form_of(options)}
+    questions = asked(prompts, options.system, options.continue_final)
+    rows = load_model(options).explain(questions, steer, **settings)
     for prompt, row in zip(prompts, rows, strict=True):
         if options.json:
             print(json.dumps({"prompt": prompt, **row.as_dict()}, ensure_ascii=False))

@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Unpack  # comes with torch
 
 from tinysteer.decoding.generation import check_lengths
 from tinysteer.language_model import LanguageModel
 from tinysteer.model.cache import Cache
 from tinysteer.model.recorder import Recorder
 from tinysteer.steering.vectors import SteeringVector
-from tinysteer.text.tokenizer import Prompt, pad
+from tinysteer.text.messages import Form, Prompt
+from tinysteer.text.tokenizer import pad
 from tinysteer.version import VERSION
 
 SAME = "the prompts with the instruction are the same as those without it"
+ROUNDING = 1e-6  # of the states' norms: means of the same states in another order differ so
 METHODS = {
     "mean": "mean difference of last-token residuals",
     "pca": "first principal direction of the differences of last-token residuals, uncentred",
@@ -49,47 +52,56 @@ Side = Sequence[Prompt] | MeanResiduals  # the prompts of one side of the pairs,
 
 
 def mean_residuals(
-    model: LanguageModel, prompts: Sequence[Prompt], *, chat: bool = True, batch_size: int = 16
+    model: LanguageModel, prompts: Sequence[Prompt], *, batch_size: int = 16, **form: Unpack[Form]
 ) -> MeanResiduals:
     """Run each distinct prompt once and average what its last token carries after every block.
 
     Memory does not grow with the number of prompts. Keep the result to pair one set of base
     prompts with several instructions. ValueError for states that are not finite.
     """
+    return mean_of(model, ids_of(model, prompts, form), form.get("chat", True), batch_size)
+
+
+def mean_of(
+    model: LanguageModel, ids: Sequence[Sequence[int]], chat: bool, batch_size: int
+) -> MeanResiduals:
+    """The same for prompts that are tokens already."""
     total = torch.zeros(model.config.n_layers, model.config.dim, device="cpu")
-    for places, states in run_prompts(model, prompts, chat, batch_size):
+    for places, states in run_prompts(model, ids, batch_size):
         counts = torch.tensor([len(place) for place in places], device=states.device)
         total += (states * counts[:, None]).sum(1).cpu()
     source = (model.name, model.revision, chat)
-    return MeanResiduals(total / len(prompts), len(prompts), digest(prompts), source)
+    return MeanResiduals(total / len(ids), len(ids), digest(ids), source)
 
 
-def all_residuals(
-    model: LanguageModel, prompts: Sequence[Prompt], chat: bool, batch_size: int
-) -> Tensor:
+def all_residuals(model: LanguageModel, ids: Sequence[Sequence[int]], batch_size: int) -> Tensor:
     """What each prompt's last token carries after every block, (n_layers, N, D) on the CPU."""
-    shape = model.config.n_layers, len(prompts), model.config.dim
-    states_of = torch.empty(shape, device="cpu")
-    for places, states in run_prompts(model, prompts, chat, batch_size):
+    states_of = torch.empty(model.config.n_layers, len(ids), model.config.dim, device="cpu")
+    for places, states in run_prompts(model, ids, batch_size):
         for row, place in enumerate(places):
             states_of[:, place] = states[:, row, None].cpu()
     return states_of
 
 
+def ids_of(model: LanguageModel, prompts: Sequence[Prompt], form: Form) -> list[list[int]]:
+    """The prompts' tokens. ValueError for none, and for what is too long."""
+    ids = [] if isinstance(prompts, str) else model.prompt_ids(prompts, form)
+    if not ids:
+        raise ValueError("prompts must be a list with at least one prompt")
+    check_lengths(ids, [0] * len(ids), model.config.context_length)
+    return ids
+
+
 @torch.no_grad()
 def run_prompts(
-    model: LanguageModel, prompts: Sequence[Prompt], chat: bool, batch_size: int
+    model: LanguageModel, ids: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[list[int]], Tensor]]:
-    """Yield where each prompt of a batch stands in `prompts`, and its states (n_layers, B, D)."""
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts must be a list with at least one prompt")
+    """Yield where each prompt of a batch stands in `ids`, and its states (n_layers, B, D)."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-    ids = [tuple(model.tokenizer.ids(prompt, chat)) for prompt in prompts]
-    check_lengths(ids, [0] * len(ids), model.config.context_length)
     places: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(ids):
-        places.setdefault(row, []).append(i)
+        places.setdefault(tuple(row), []).append(i)
     distinct = sorted(places, key=len)
     with tqdm(total=len(distinct), desc="prompts", leave=False, disable=None) as progress:
         for at in range(0, len(distinct), batch_size):
@@ -122,8 +134,8 @@ def extract(
     *,
     method: str = "mean",
     name: str = "",
-    chat: bool = True,
     batch_size: int = 16,
+    **form: Unpack[Form],
 ) -> SteeringVector:
     """Prompts with an instruction, and the same prompts without it -> one direction per layer.
 
@@ -133,18 +145,23 @@ def extract(
     method: "mean", the mean difference; or "pca", the direction along which the pairs'
     differences are largest in the mean square (uncentred), pointing the mean difference's way,
     which keeps every prompt's states: 8 n_layers D bytes a pair. name: what to call the vector.
+    form: how prompts become tokens, as in `Options`. ValueError, also for sides whose states differ
+    by no more than rounding.
     """
     sides: dict[str, Any] = {"with_instruction": with_instruction, "without": without}
+    sides = {k: s if isinstance(s, MeanResiduals | str) else list(s) for k, s in sides.items()}
+    chat = form.get("chat", True)
     check_sides(model, sides, method, chat)
-    digests = [s.digest if isinstance(s, MeanResiduals) else digest(s) for s in sides.values()]
-    if len(without) and digests[0] == digests[1]:
+    given = [s if isinstance(s, MeanResiduals) else ids_of(model, s, form) for s in sides.values()]
+    digests = [s.digest if isinstance(s, MeanResiduals) else digest(s) for s in given]
+    if digests[0] == digests[1]:
         raise ValueError(SAME)
     metadata = {
         "name": name,
         "model": model.name,
         "revision": model.revision,
         "method": METHODS[method],
-        "pairs": str(len(without)),
+        "pairs": str(len(given[0])),
         "pairs_sha256": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "prompts": "as they are" if not chat else "formatted",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -153,16 +170,16 @@ def extract(
     }
     metadata = {key: value for key, value in metadata.items() if value}
     if method == "mean":
-        run = partial(mean_residuals, model, chat=chat, batch_size=batch_size)
-        means = (s if isinstance(s, MeanResiduals) else run(s) for s in sides.values())
-        a, b = (side.mean for side in means)
+        run = partial(mean_of, model, chat=chat, batch_size=batch_size)
+        a, b = (s.mean if isinstance(s, MeanResiduals) else run(s).mean for s in given)
         directions = None
     else:
-        x, y = (all_residuals(model, side, chat, batch_size) for side in sides.values())
+        x, y = (all_residuals(model, ids_of(model, s, form), batch_size) for s in sides.values())
         a, b, directions = x.mean(1), y.mean(1), principal(x - y)
-    if torch.equal(a, b):
+    alike = (a - b).norm(dim=-1) <= ROUNDING * (a.norm(dim=-1) + b.norm(dim=-1))
+    if alike.all():
         raise ValueError(SAME)
-    return SteeringVector._from_means(a, b, metadata, directions)
+    return SteeringVector._from_means(a, torch.where(alike[:, None], a, b), metadata, directions)
 
 
 def check_sides(model: LanguageModel, sides: Mapping[str, Side], method: str, chat: bool) -> None:
@@ -194,7 +211,6 @@ def principal(differences: Tensor) -> Tensor:
     return torch.stack(directions)
 
 
-def digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of prompts, in order."""
-    text = json.dumps(list(prompts), ensure_ascii=False, default=dict)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+def digest(ids: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of prompts' tokens, in order."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

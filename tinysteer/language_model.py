@@ -1,16 +1,23 @@
 """The front door: `load`, and the language model that it returns, a decoder with its tokenizer."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch
 
 from tinysteer.decoding.explanation import Explanation, Read, directions_of, explain
-from tinysteer.decoding.generation import Options, check_lengths, decode, per_prompt, settled
+from tinysteer.decoding.generation import (
+    Options,
+    check_lengths,
+    decode,
+    form_of,
+    per_prompt,
+    settled,
+)
 from tinysteer.decoding.pool import DecodingPool
 from tinysteer.loading.checkpoint import load_config, load_decoder, parse_device, parse_dtype
 from tinysteer.loading.hub import EMBEDDED, fetch, is_embedded
@@ -20,8 +27,9 @@ from tinysteer.model.decoder import CHUNK, Decoder, Seam
 from tinysteer.model.recorder import Recorder
 from tinysteer.steering.batch import Changing, Steer, changes, check_fit, per_row, seam
 from tinysteer.steering.edits import Edit
+from tinysteer.text.messages import FORM, Form, Prompt, check_form
 from tinysteer.text.streaming import Answer, TextStream
-from tinysteer.text.tokenizer import Prompt, Tokenizer
+from tinysteer.text.tokenizer import Tokenizer
 
 Prompts = str | Sequence[Prompt]
 Steering = Steer | Changing
@@ -32,20 +40,25 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    *,
+    chat_template: str | None = None,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> "LanguageModel":
     """Load a model from a folder in Hugging Face layout, or from the Hub by its id ("owner/name").
 
     "tiny-instruct" and "tiny-base" come with the package: 1.3 million parameters, for trying out.
     dtype: of the weights in memory, "float32" or torch.float32 and so on; default the
     checkpoint's own. device: default the GPU where there is one. revision: a branch, tag or
-    commit of the Hub. Errors are sentences that name the cure: ValueError for what the files
-    hold, FileNotFoundError, PermissionError and ConnectionError for getting them.
+    commit of the Hub. chat_template: in place of the model's own, "" for none; template_variables:
+    what it may use besides the messages, such as a date. Errors are sentences that name the cure:
+    ValueError for what the files hold, FileNotFoundError, PermissionError and ConnectionError for
+    getting them.
     """
     dtype = parse_dtype(dtype)
     device = parse_device(device)
     folder = fetch(source, revision)
     config = load_config(folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, chat_template, template_variables)
     decoder = load_decoder(folder, config, dtype, device)
     if is_embedded(source):
         revision = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -154,7 +167,7 @@ class LanguageModel:
     ) -> tuple[list[TextStream], Iterator[tuple[int, str]]]:
         """What will hold each answer, and the pieces, which are made as they are asked for."""
         options = settled(given)
-        ids = self._ids(prompts, options["chat"])
+        ids = self.prompt_ids(prompts, form_of(options))
         limits = per_prompt("max_new_tokens", options["max_new_tokens"], len(ids))
         seeds = per_prompt("seed", options["seed"], len(ids))
         first = self._edits(steer(0) if changes(steer) else steer, len(ids))
@@ -163,8 +176,9 @@ class LanguageModel:
         def edits(n: int) -> list[list[Edit]]:
             return self._edits(steer(n), len(ids)) if n and changes(steer) else first
 
-        stop = [*(options["stop"] or ()), *(self.tokenizer.stop_strings if options["chat"] else ())]
-        ends = self.tokenizer.stop_ids, stop
+        stop_ids, stop = self.tokenizer.stops(options["stop"] or ())
+        stop += self.tokenizer.stop_strings if options["chat"] else ()
+        ends = self.tokenizer.stop_ids | stop_ids, stop
         texts = [TextStream(self.tokenizer.decode, limit, *ends) for limit in limits]
         return texts, decode(self.pool, ids, texts, edits, options, seeds)
 
@@ -176,7 +190,7 @@ class LanguageModel:
         *,
         read: Read = ...,
         max_new_tokens: int = ...,
-        chat: bool = ...,
+        **form: Unpack[Form],
     ) -> Explanation: ...
     @overload
     def explain(
@@ -186,7 +200,7 @@ class LanguageModel:
         *,
         read: Read = ...,
         max_new_tokens: int = ...,
-        chat: bool = ...,
+        **form: Unpack[Form],
     ) -> list[Explanation]: ...
     def explain(
         self,
@@ -195,16 +209,16 @@ class LanguageModel:
         *,
         read: Read = (),
         max_new_tokens: int = 0,
-        chat: bool = True,
+        **form: Unpack[Form],
     ) -> Explanation | list[Explanation]:
         """What the edits do to each token: which are moved, how far, and what that does to the
         next one. One `Explanation` for a string, a list for a list.
 
         read: directions, such as vector.at(15), to be read off every token without the edits.
         max_new_tokens: greedy new tokens, made with the edits, that are shown too, up to a stop
-        id. chat: as in `Options`. Errors as for `generate`.
+        id. form: as in `Options`. Errors as for `generate`.
         """
-        ids, directions = self._ids(prompts, chat), directions_of(read)
+        ids, directions = self.prompt_ids(prompts, form), directions_of(read)
         rows = self._edits(steer, len(ids))
         self._edits([direction.ablate() for direction in directions], 1)  # whether they fit
         limits = per_prompt("max_new_tokens", max_new_tokens, len(ids))
@@ -277,11 +291,13 @@ class LanguageModel:
         edits = seam(self._edits(steer, B), self.decoder.embed.weight)
         return tokens.long().to(self.device).split(CHUNK, dim=1), cache, edits
 
-    def _ids(self, prompts: Prompts, chat: bool) -> list[list[int]]:
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Sequence):
+    def prompt_ids(self, prompts: Prompts, form: Form = FORM) -> list[list[int]]:
+        """Prompts as token ids, formatted as `form` says. ValueError that names the prompt."""
+        rows = [prompts] if isinstance(prompts, str) else prompts
+        if isinstance(rows, Mapping | bytes) or not isinstance(rows, Iterable):
             raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
-        return [self.tokenizer.ids(prompt, chat) for prompt in prompts]
+        c = self.config
+        return self.tokenizer.rows(rows, check_form(form), c.vocab_size, c.context_length)
 
     def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:
         rows = per_row(steer, n_rows)

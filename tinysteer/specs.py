@@ -22,7 +22,7 @@ from tinysteer.steering.edits import Direction, Edit, Where, parse_window
 from tinysteer.steering.plans import VERBS, load_plan, span
 from tinysteer.steering.vectors import SteeringVector
 from tinysteer.text.files import read_jsonl
-from tinysteer.text.tokenizer import Prompt
+from tinysteer.text.messages import Form, Prompt
 
 PLACE = r"(?P<file>.+)@(?P<first>-?\d+)(-(?P<last>\d+))?"
 MOVE = r"(?P<verb>\w+)(=(?P<number>[^:]+?)(?P<unit>x?))?(:(?P<where>\w+|-?\d*,-?\d*))?"
@@ -103,8 +103,10 @@ def read_specs(specs: list[Callable[[], list]], options: argparse.Namespace) -> 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """The prompts, with stdin's lines where - stands. ValueError, also for what is not run."""
-    if options.system is not None and options.raw:
-        raise ValueError("--system needs the chat template: leave out --raw")
+    for name in ("system", "continue_final"):
+        if getattr(options, name) is not None and options.raw:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} needs the chat template: leave out --raw")
     prompts: list[str] = []
     for prompt in options.prompts:
         folder = os.path.isdir(prompt)  # a Path's is_dir would not take a long text
@@ -121,22 +123,40 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def asked(prompts: list[str], system: str | None) -> list[Prompt]:
-    if system is None:
+def asked(prompts: list[str], system: str | None, begun: str | None = None) -> list[Prompt]:
+    """As conversations where there is a system message, or the beginning of an answer."""
+    if system is None and begun is None:
         return prompts
-    first = {"role": "system", "content": system}
-    return [[first, {"role": "user", "content": prompt}] for prompt in prompts]
+    first = [] if system is None else [{"role": "system", "content": system}]
+    last = [] if begun is None else [{"role": "assistant", "content": begun}]
+    return [[*first, {"role": "user", "content": prompt}, *last] for prompt in prompts]
 
 
-def read_pairs(path: Path) -> tuple[list[str], list[str]]:
-    """A JSONL file -> prompts with the instruction, and without. ValueError names the line."""
+def form_of(options: argparse.Namespace) -> Form:
+    """How the command's prompts become tokens."""
+    begun = getattr(options, "continue_final", None)
+    given: Form = {"chat": not options.raw, "special_tokens": options.special_tokens}
+    return {**given, "continue_final": begun not in (None, False)}
+
+
+def read_pairs(path: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """A JSONL file -> prompts with the instruction, and without: texts, or lists of messages.
+
+    ValueError names the line.
+    """
     pairs = []
     for place, row in read_jsonl(path):
         keys = next((keys for keys in PAIR_KEYS if row.keys() >= {*keys}), None)
-        if keys is None or not all(isinstance(row[key], str) for key in keys):
+        if keys is None or not all(is_prompt(row[key]) for key in keys):
             raise ValueError(f'{place}: not {{"with": PROMPT, "without": PROMPT}}')
         pairs.append([row[key] for key in keys])
     if not pairs:
         raise ValueError(f"{path} holds no pairs")
     with_instruction, without = map(list, zip(*pairs, strict=True))
     return with_instruction, without
+
+
+def is_prompt(value: object) -> bool:
+    """A text, or a list of messages, whose insides are checked when they are formatted."""
+    messages = isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
+    return isinstance(value, str) or messages

@@ -44,7 +44,7 @@ from tinysteer.model.decoder import Decoder
 CONFIG = json.loads(Path(__file__).with_name("config.json").read_text(encoding="utf-8"))
 START, END = "<|start|>", "<|end|>"
 TEMPLATE = (  # the form in which the base model knows questions and answers
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'user' %}Q: {{ message.content }}\n"
     "{% else %}A: {{ message.content }}<|end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"

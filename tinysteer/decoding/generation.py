@@ -4,7 +4,7 @@ import difflib
 import numbers
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,10 +13,11 @@ from tinysteer.decoding.pool import DecodingPool
 from tinysteer.decoding.sampling import Sampler
 from tinysteer.decoding.step import BROKEN, Batch, Decoding, decode_tokens
 from tinysteer.steering.batch import Rows
+from tinysteer.text.messages import FORM, Form, check_form
 from tinysteer.text.streaming import TextStream
 
 
-class Options(TypedDict, total=False):
+class Options(Form, total=False):
     """How to generate: what `complete`, `generate` and `stream` take by keyword. See DEFAULTS.
 
     Where one value or one a prompt may be given, a row's text depends on its own value alone:
@@ -32,7 +33,6 @@ class Options(TypedDict, total=False):
     min_p: float | None  # from tokens at least this fraction as likely as the likeliest
     seed: int | Sequence[int] | None  # one for all prompts, or one each; None: at random
     stop: str | Sequence[str] | None  # strings that end a text, left out of it
-    chat: bool  # put prompts into the model's chat template; False: take them as they are
     batch_size: int  # prompts decoded together
     graph: bool  # on a GPU, capture a step and replay it; False: launch each anew
     kernels: bool  # on a GPU, use the kernels; False: PyTorch's operations
@@ -46,7 +46,7 @@ DEFAULTS: Options = {
     "min_p": None,
     "seed": None,
     "stop": None,
-    "chat": True,
+    **FORM,
     "batch_size": 32,
     "graph": True,
     "kernels": True,
@@ -87,7 +87,12 @@ def settled(given: Options) -> Options:
     stop = [] if stop is None else list(stop) if isinstance(stop, list | tuple) else [stop]
     if not all(isinstance(s, str) and s for s in stop):
         raise ValueError(f"stop is {options['stop']!r}; it must be strings that are not empty")
+    check_form(form_of(options))
     return {**options, "stop": stop}
+
+
+def form_of(options: Options) -> Form:
+    return {name: options[name] for name in FORM}  # type: ignore[literal-required,return-value]
 
 
 def per_prompt(name: str, value: Any, n_prompts: int) -> list:

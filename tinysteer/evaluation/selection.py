@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tinysteer.language_model import LanguageModel
 from tinysteer.steering.batch import Steer, per_row
-from tinysteer.text.tokenizer import Prompt
+from tinysteer.text.messages import Prompt
 
 LOW_PERPLEXITY = 2.5  # the paper's, under GPT-2: text that repeats itself is easy to predict
 

@@ -45,7 +45,8 @@ def similarity(study: Study) -> Findings:
     for name in [name for name in SHOWN if name in pairs] or pairs:
         items = pairs[name][: min(MOST, study.settings.limit or MOST)]
         texts = [item.prompt for item in items], [item.request for item in items]
-        by_name[name] = curves(*(all_residuals(study.model, t, True, size) for t in texts))
+        ids = (study.model.prompt_ids(side) for side in texts)
+        by_name[name] = curves(*(all_residuals(study.model, side, size) for side in ids))
     cells = {
         (layer, curve): mean([each[curve][layer] for each in by_name.values()])
         for layer in range(study.model.config.n_layers)

@@ -14,12 +14,13 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack  # comes with torch
 
 from tinysteer.loading.hub import pull, push
 from tinysteer.steering import hub_card
 from tinysteer.steering.edits import Direction, Directions, Origin, layer_of, unit
 from tinysteer.text.files import read_tensors, write_tensors
-from tinysteer.text.tokenizer import Prompt
+from tinysteer.text.messages import Form, Prompt
 
 TENSORS = ("directions", "norms", "targets", "baselines")
 NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -84,7 +85,7 @@ class SteeringVector:
         )
 
     def measured_on(
-        self, model: Any, prompts: Sequence[Prompt], without: Sequence[Prompt], *, chat: bool = True
+        self, model: Any, prompts: Sequence[Prompt], without: Sequence[Prompt], **form: Unpack[Form]
     ) -> "SteeringVector":
         """The same directions and norms, with targets and baselines: what the last tokens of
         prompts with the instruction, and of those without it, have along them (paper, section 2).
@@ -96,7 +97,7 @@ class SteeringVector:
         for side in (prompts, without):
             if isinstance(side, str) or not side:
                 raise ValueError("measured_on takes two lists of at least one prompt")
-            ids = (torch.tensor([model.tokenizer.ids(prompt, chat)]) for prompt in side)
+            ids = (torch.tensor([row]) for row in model.prompt_ids(side, form))
             states = [model.residuals(row)[:, 0, -1].double().cpu() for row in ids]
             means.append(sum(states) / len(states))
         (n_layers, D), own = means[0].shape, f"{self.n_layers} layers of width {self.dim}"

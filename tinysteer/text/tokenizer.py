@@ -1,19 +1,29 @@
 """Text to token ids and back: tokenizer.json, the model's chat template, stop ids, padding."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
 from torch import Tensor
 
 from tinysteer.text.chat import render
-from tinysteer.text.files import read_json
+from tinysteer.text.messages import BEGUN, FORM, Form, Prompt, cut_at_end, read_messages
+from tinysteer.text.tokenizer_files import (
+    TURN_BEGINS,
+    add_tokens,
+    check_template,
+    read_special,
+    read_stops,
+    read_template,
+    read_vocabulary,
+    refused,
+)
 
-# Ends of a turn, for checkpoints whose configs name only the end of the text.
-TURN_ENDS = ("<|end|>", "<end_of_turn>", "<|eot_id|>", "<|im_end|>")
-Prompt = str | Sequence[Mapping[str, str]]  # a user's message, or a whole conversation
+CHARACTERS = 256  # of a token, at most: a longer prompt than this many for each is not tokenized
 
 
 class Tokenizer:
@@ -30,63 +40,78 @@ class Tokenizer:
         special: dict[str, str] | None = None,
         adds_bos: bool = False,
         stop_ids: frozenset[int] = frozenset(),
+        template_variables: Mapping[str, Any] | None = None,
     ):
         self.vocabulary, self.template, self.stop_ids = vocabulary, template or None, stop_ids
         self.special = special or {}  # {"bos_token": "<s>", ...}, which templates may use
         self.bos_id = vocabulary.token_to_id(self.special.get("bos_token", ""))
         self.adds_bos = adds_bos and self.bos_id is not None
-        # A base model goes on to ask itself the next question.
-        self.stop_strings = () if self.template else ("\nQ:",)
+        self.template_variables = dict(template_variables or {})
+        added = vocabulary.get_added_tokens_decoder().values()
+        self.special_texts = [token.content for token in added if token.special and token.content]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """A base model goes on to ask itself the next question."""
+        return () if self.template else ("\nQ:",)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read tokenizer.json and, where they are, the files around it."""
+    def load(
+        cls,
+        folder: str | Path,
+        template: str | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> "Tokenizer":
+        """Read tokenizer.json and, where they are, the files around it.
+
+        template: in place of the files' own, "" for none.
+        """
         folder = Path(folder)
-        try:
-            vocabulary = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exceptions
-            if (folder / "tokenizer.json").exists():
-                raise ValueError(f"{folder / 'tokenizer.json'} is damaged: {error}") from None
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer.json; where it has a tokenizer.model, convert that "
-                "with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            ) from None
-        vocabulary.no_padding()
-        vocabulary.no_truncation()
-        files = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
-        about = read_json(files[0]) | read_json(files[1])
-        special = {  # "bos_token", not "add_bos_token": its text, or a description that holds it
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in about.items()
-            if key.endswith("_token") and isinstance(value, str | dict)
-        }
+        vocabulary = read_vocabulary(folder)
+        about, special = read_special(folder)
+        add_tokens(vocabulary, folder, about)
         added = vocabulary.encode("", add_special_tokens=True).ids
         if added and "bos_token" not in special:  # named by tokenizer.json alone
-            special["bos_token"] = vocabulary.id_to_token(added[0])
+            special["bos_token"] = vocabulary.id_to_token(added[0]) or ""
         bos_id = vocabulary.token_to_id(special.get("bos_token", ""))
         adds_bos = about.get("add_bos_token")
         if adds_bos is None:
             adds_bos = bos_id is not None and added[:1] == [bos_id]
-        ends = special.get("eos_token", ""), *TURN_ENDS
-        stops: set[int | None] = {vocabulary.token_to_id(end) for end in ends}
-        for name in ("config.json", "generation_config.json"):
-            c = read_json(folder / name)
-            ids = c.get("eos_token_id", (c.get("text_config") or {}).get("eos_token_id"))
-            stops |= set(ids) if isinstance(ids, list) else {ids}
-        ids = frozenset(i for i in stops if i is not None)
-        template = read_template(folder, about)
-        return cls(vocabulary, template=template, special=special, adds_bos=adds_bos, stop_ids=ids)
+        stop_ids = read_stops(folder, vocabulary, special.get("eos_token", ""))
+        template = read_template(folder, about) if template is None else template
+        if template:
+            check_template(template, vocabulary, folder)
+        elif turns := [text for text in TURN_BEGINS if vocabulary.token_to_id(text) is not None]:
+            warnings.warn(
+                f"{folder} has tokens of turns ({turns[0]}) and no chat template: prompts are "
+                "asked as Q: ... A:, unless load(..., chat_template=) gives one",
+                stacklevel=3,
+            )
+        return cls(
+            vocabulary,
+            template=template,
+            special=special,
+            adds_bos=bool(adds_bos),
+            stop_ids=stop_ids,
+            template_variables=template_variables,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with one BOS in front where the model wants one."""
-        try:
-            ids = self.vocabulary.encode(text, add_special_tokens=False).ids
-        except TypeError:  # a lone surrogate, from bytes that were no UTF-8
-            raise ValueError(f"{text!r} is not valid text") from None
+        ids = self.tokens(text)
         if not self.adds_bos or self.bos_id is None:
             return ids
         own = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[own:]]
+
+    def tokens(self, text: str) -> list[int]:
+        """Ids of what is written, and no others. ValueError for what is not text."""
+        try:
+            return self.vocabulary.encode(text, add_special_tokens=False).ids
+        except TypeError:  # a lone surrogate, from bytes that were no UTF-8
+            raise ValueError(f"{text!r:.200} is not valid text") from None
+        except BaseException as error:
+            raise refused("the tokenizer", error) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -101,7 +126,7 @@ class Tokenizer:
             pieces.append(repr(text)[1:-1] or f"<{ids[i]}>")
         return pieces
 
-    def format(self, prompt: Prompt) -> str:
+    def format(self, prompt: Prompt, form: Form = FORM) -> str:
         """A prompt as the model wants it: its chat template, or "Q: ...\\nA:" without one."""
         if self.template is None:
             if not isinstance(prompt, str):
@@ -110,28 +135,68 @@ class Tokenizer:
                     "give each prompt as one string, not as a conversation"
                 )
             return f"Q: {prompt}\nA:"
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        variables = {"messages": list(map(dict, messages)), "add_generation_prompt": True}
+        messages, begun = read_messages(prompt, self.special_texts, form), form["continue_final"]
+        if begun:
+            messages[-1]["content"] += BEGUN
+        variables = {"messages": messages, "add_generation_prompt": not begun}
         absent = {"tools": None, "documents": None}  # templates ask whether they are none
-        return render(self.template, self.special | absent | variables)
+        own = self.template_variables | dict(form["template_variables"] or {})
+        text = render(self.template, self.special | absent | own | variables)
+        return cut_at_end(text) if begun else text
 
     def chat(self, prompt: Prompt) -> list[int]:
-        """Ids of a formatted prompt, whose template may bring a BOS of its own or not."""
-        return self.encode(self.format(prompt))
+        """Ids of a formatted prompt, as transformers' `apply_chat_template` gives them."""
+        return self.ids(prompt)
 
-    def ids(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Ids of a prompt, formatted, or with chat=False as it is. ValueError for no prompt."""
-        if isinstance(prompt, str):
-            return self.chat(prompt) if chat else self.encode(prompt)
-        messages = prompt if isinstance(prompt, Sequence) else ()
-        if not messages or not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError(
-                "a prompt is one string, or a conversation as a list of "
-                f'{{"role": ..., "content": ...}}, not {prompt!r}'
-            )
-        if not chat:
-            raise ValueError("a conversation needs the chat template: leave out chat=False")
-        return self.chat(prompt)
+    def ids(self, prompt: Prompt, form: Form = FORM, most: int | None = None) -> list[int]:
+        """Ids of a prompt, formatted, or with chat=False as it is. ValueError for no prompt.
+
+        most: characters, beyond which a text is refused before it becomes tokens. A template says
+        itself where a BOS stands; elsewhere there is one where the model wants it.
+        """
+        if not isinstance(prompt, str):
+            messages = prompt if isinstance(prompt, Sequence) else ()
+            if not messages or not all(isinstance(message, Mapping) for message in messages):
+                raise ValueError(
+                    "a prompt is one string, or a conversation as a list of "
+                    f'{{"role": ..., "content": ...}}, not {prompt!r:.200}'
+                )
+            if not form["chat"]:
+                raise ValueError("a conversation needs the chat template: leave out chat=False")
+        text = self.format(prompt, form) if form["chat"] else str(prompt)
+        if most is not None and len(text) > most:
+            raise ValueError(f"it has {len(text):,} characters, more than any context here holds")
+        if not form["chat"] or self.template is None:
+            return self.encode(text)
+        return self.tokens(text)
+
+    def rows(
+        self, prompts: Iterable[Prompt], form: Form, n_embedded: int, context_length: int
+    ) -> list[list[int]]:
+        """Ids of several prompts. ValueError that names the prompt, also for ids not embedded."""
+        rows = []
+        for i, prompt in enumerate(prompts):
+            try:
+                row = self.ids(prompt, form, CHARACTERS * context_length)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from None
+            if (highest := max(row, default=0)) >= n_embedded:
+                token = self.vocabulary.id_to_token(highest)
+                what = f"prompt {i} has the token {token!r:.60}, {highest}"
+                raise ValueError(f"{what}: this model embeds {n_embedded}")
+            rows.append(row)
+        return rows
+
+    def stops(self, strings: Sequence[str]) -> tuple[frozenset[int], list[str]]:
+        """Strings that end a text -> the ids of those that are special tokens, and the rest."""
+        special, ids = self.special_texts, set()
+        for string in strings:
+            token_id = self.vocabulary.token_to_id(string) if string in special else None
+            if token_id is not None:
+                ids.add(token_id)
+            elif held := [token for token in special if token in string]:
+                raise ValueError(f"stop {string!r} holds {held[0]!r}: give that token alone")
+        return frozenset(ids), [string for string in strings if string not in special]
 
 
 def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -143,15 +208,3 @@ def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> tuple[Tensor, Te
     start = torch.tensor([T - len(ids) for ids in prompts], device="cpu")
     rows = [[0] * (T - len(ids)) + list(ids) for ids in prompts]
     return torch.tensor(rows, device="cpu"), start
-
-
-def read_template(folder: Path, about: dict) -> str | None:
-    """The chat template, from the three places where it may lie."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = read_json(folder / "chat_template.json").get("chat_template")
-    template = template or about.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
-    return template
