@@ -49,16 +49,15 @@ def load(
     "tiny-instruct" and "tiny-base" come with the package: 1.3 million parameters, for trying out.
     dtype: of the weights in memory, "float32" or torch.float32 and so on; default the
     checkpoint's own. device: default the GPU where there is one. revision: a branch, tag or
-    commit of the Hub. chat_template: in place of the model's own, "" for none; template_variables:
-    what it may use besides the messages, such as a date. Errors are sentences that name the cure:
-    ValueError for what the files hold, FileNotFoundError, PermissionError and ConnectionError for
-    getting them.
+    commit of the Hub. chat_template: for the model's own, "" for none; template_variables: what it
+    may use, such as a date. Errors are sentences that name the cure: ValueError for what the files
+    hold, FileNotFoundError, PermissionError and ConnectionError for getting them.
     """
-    dtype = parse_dtype(dtype)
-    device = parse_device(device)
-    folder = fetch(source, revision)
-    config = load_config(folder)
-    tokenizer = Tokenizer.load(folder, chat_template, template_variables)
+    dtype, device, folder = parse_dtype(dtype), parse_device(device), fetch(source, revision)
+    config, tokenizer = (
+        load_config(folder),
+        Tokenizer.load(folder, chat_template, template_variables),
+    )
     decoder = load_decoder(folder, config, dtype, device)
     if is_embedded(source):
         revision = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -296,8 +295,8 @@ class LanguageModel:
         rows = [prompts] if isinstance(prompts, str) else prompts
         if isinstance(rows, Mapping | bytes) or not isinstance(rows, Iterable):
             raise ValueError(f"prompts must be a string or a list, not {type(prompts).__name__}")
-        c = self.config
-        return self.tokenizer.rows(rows, check_form(form), c.vocab_size, c.context_length)
+        sizes = self.config.vocab_size, self.config.context_length
+        return self.tokenizer.rows(rows, check_form(form), *sizes)
 
     def _edits(self, steer: Steer, n_rows: int) -> list[list[Edit]]:
         rows = per_row(steer, n_rows)
