@@ -356,7 +356,7 @@ def test_vectors_of_a_run_that_goes_on_are_the_same(tiny, vectors, tmp_path):
 def test_answers_end_where_the_context_does(model, tmp_path):
     run = study(model, tmp_path)
     run.answer([Ask("x"), Ask("a longer prompt")], 2048)
-    longest = len(model.tokenizer.ids("a longer prompt", True))
+    longest = len(model.tokenizer.ids("a longer prompt"))
     assert run.notes == [f"The context leaves room for {128 - longest} new tokens at most."]
 
 

@@ -262,7 +262,7 @@ class Study:
         if not asks:
             return []
         ids, size = self.model.tokenizer.ids, self.settings.batch_size
-        longest = max(len(ids(prompt, True)) for prompt in {ask.prompt for ask in asks})
+        longest = max(len(ids(prompt)) for prompt in {ask.prompt for ask in asks})
         room = self.model.config.context_length - longest
         if room < max_new_tokens:
             self.notes.append(f"The context leaves room for {room} new tokens at most.")
